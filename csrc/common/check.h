@@ -1,0 +1,86 @@
+// Argument checks with messages that name the op, the argument, what came and what is wanted.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace effk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+#define EFFK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "effk::", op, ": ", __VA_ARGS__)
+
+namespace check {
+
+constexpr int64_t kAny = -1;
+
+inline std::string str(ScalarType t) {
+  const std::string name = torch::headeronly::toString(t);
+  static const std::pair<const char*, const char*> names[] = {
+      {"Float", "float32"}, {"Double", "float64"}, {"Half", "float16"}, {"BFloat16", "bfloat16"}, {"Char", "int8"},
+      {"Byte", "uint8"},    {"Short", "int16"},    {"Int", "int32"},    {"Long", "int64"},        {"Bool", "bool"}};
+  for (const auto& [from, to] : names)
+    if (name == from) return to;
+  return name;
+}
+
+template <class Sizes>
+std::string str(const Sizes& sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < static_cast<size_t>(sizes.size()); ++i)
+    s += (i ? ", " : "") + (sizes[i] == kAny ? std::string("*") : std::to_string(sizes[i]));
+  return s + "]";
+}
+
+inline void dtype(const char* op, const char* arg, const Tensor& t, std::initializer_list<ScalarType> wanted) {
+  std::string list;
+  for (ScalarType w : wanted) {
+    if (t.scalar_type() == w) return;
+    list += (list.empty() ? "" : ", ") + str(w);
+  }
+  EFFK_CHECK(false, op, arg, " has dtype ", str(t.scalar_type()), "; wanted ", list);
+}
+
+// kAny matches every size.
+inline void shape(const char* op, const char* arg, const Tensor& t, std::initializer_list<int64_t> wanted) {
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == wanted.size();
+  size_t i = 0;
+  for (int64_t w : wanted) {
+    if (!same) break;
+    same = w == kAny || sizes[i] == w;
+    ++i;
+  }
+  EFFK_CHECK(same, op, arg, " has shape ", str(sizes), "; wanted ", str(std::vector<int64_t>(wanted)));
+}
+
+inline void device(const char* op, const char* arg, const Tensor& t, const char* ref_arg, const Tensor& ref) {
+  EFFK_CHECK(t.device() == ref.device(), op, arg, " and ", ref_arg, " are on different devices");
+}
+
+inline void contiguous(const char* op, const char* arg, const Tensor& t) {
+  EFFK_CHECK(t.is_contiguous(), op, arg, " must be contiguous");
+}
+
+// One of the names of a table of {name, value}.
+template <class T, size_t N>
+T choice(const char* op, const char* arg, const std::string& name, const std::pair<const char*, T> (&table)[N]) {
+  std::string list;
+  for (const auto& [key, value] : table) {
+    if (name == key) return value;
+    list += (list.empty() ? "" : ", ") + std::string(key);
+  }
+  EFFK_CHECK(false, op, arg, " is '", name, "'; wanted one of ", list);
+  return table[0].second;
+}
+
+}  // namespace check
+}  // namespace effk

@@ -1,0 +1,116 @@
+// lscd: schemas and the CPU side.
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <tuple>
+
+#include "../../kernels/common/cpu_level.h"
+#include "args.h"
+
+namespace effk::lscd {
+namespace {
+
+const Cpu& cpu() {
+  static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
+  return *kLevels[static_cast<int>(cpu_level())];
+}
+
+// Runs f(strip begin, strip end, status) on all threads; `work` is the operations of a strip. Throws when a tile
+// is corrupt.
+template <class F>
+void for_strips(const char* op, const Shape& shape, int64_t work, const F& f) {
+  constexpr int64_t kWorkPerThread = 1 << 16;
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work));
+  std::atomic<int64_t> bad_tile{-1};
+  torch::stable::parallel_for(0, shape.strips(), grain, [&](int64_t s0, int64_t s1) {
+    Status status;
+    f(s0, s1, &status);
+    if (status.bad_tile >= 0) bad_tile = status.bad_tile;
+  });
+  EFFK_CHECK(bad_tile < 0, op, "the packed tensors are corrupt: bitmap, offsets and values disagree at tile ",
+             bad_tile.load());
+}
+
+// What the kernels don't look at, tile by tile.
+void check_ends(const char* op, const Packed& p) {
+  const int64_t end = p.num_values - kValuePad;
+  EFFK_CHECK(p.offsets[0] == 0 && p.offsets[p.shape.offsets() - 1] == end, op,
+             "the packed tensors are corrupt: offsets go from ", p.offsets[0], " to ",
+             p.offsets[p.shape.offsets() - 1], "; wanted 0 to ", end, " (values less ", kValuePad, " of padding)");
+}
+
+std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarType> dtype) {
+  const Tensor source = check_pack(w, dtype);
+  const Type type = type_of("lscd_pack", "w", source);
+  const Shape shape{source.size(0), source.size(1)};
+  const Dense dense{const_cast<void*>(source.const_data_ptr()), source.stride(0), source.stride(1)};
+  const int64_t work = shape.padded_cols() * kStripRows;
+
+  Tensor bitmap = torch::stable::new_empty(w, {shape.strips(), shape.sub_cols(), kStripSubs}, ScalarType::Long);
+  Tensor offsets = torch::stable::new_empty(w, {shape.offsets()}, ScalarType::Long);
+  auto* words = static_cast<uint64_t*>(bitmap.mutable_data_ptr());
+  auto* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  ends[0] = 0;
+  for_strips("lscd_pack", shape, work, [&](int64_t s0, int64_t s1, Status*) {
+    cpu().count(shape, type, dense, words, ends + 1, s0, s1);
+  });
+  for (int64_t i = 1; i < shape.offsets(); ++i) ends[i] = ends[i - 1] + align_values(ends[i]);
+
+  const int64_t num_values = ends[shape.offsets() - 1] + kValuePad;
+  Tensor values = torch::stable::new_empty(source, {num_values});
+  auto* bytes = static_cast<char*>(values.mutable_data_ptr());
+  std::fill_n(bytes + (num_values - kValuePad) * type_size(type), kValuePad * type_size(type), 0);
+  const Packed packed{shape, type, bytes, num_values, words, ends};
+  for_strips("lscd_pack", shape, work,
+             [&](int64_t s0, int64_t s1, Status*) { cpu().fill(packed, dense, s0, s1); });
+  return {values, bitmap, offsets};
+}
+
+Tensor unpack(const Tensor& values, const Tensor& bitmap, const Tensor& offsets, int64_t rows, int64_t cols,
+              const OptTensor& scale) {
+  constexpr const char* op = "lscd_unpack";
+  const Packed packed = check_packed(op, values, bitmap, offsets, rows, cols);
+  const float* scales = check_scale(op, scale, values, rows);
+  check_ends(op, packed);
+  Tensor out = torch::stable::new_empty(values, {rows, cols}, unpacked_dtype(values, scale));
+  const Type out_type = type_of(op, "out", out);
+  for_strips(op, packed.shape, packed.shape.padded_cols() * kStripRows, [&](int64_t s0, int64_t s1, Status* status) {
+    cpu().unpack(packed, scales, out.mutable_data_ptr(), out_type, s0, s1, status);
+  });
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const Tensor& offsets, int64_t rows,
+              int64_t cols, const OptTensor& bias, const OptTensor& scale, const std::string& activation) {
+  LinearCall call = check_linear(x, values, bitmap, offsets, rows, cols, bias, scale, activation);
+  Linear& args = call.args;
+  check_ends("lscd_linear", args.w);
+  const Cpu& kernels = cpu();
+  Tensor prepared =
+      torch::stable::new_empty(x, {kernels.prepared_bytes(args) + 64}, ScalarType::Byte);
+  args.prepared = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(prepared.mutable_data_ptr()) + 63) / 64 * 64);
+  torch::stable::parallel_for(0, args.tokens, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, cols)),
+                              [&](int64_t t0, int64_t t1) { kernels.prepare(args, t0, t1); });
+  for_strips("lscd_linear", args.w.shape, args.w.shape.padded_cols() * kStripRows * std::max<int64_t>(1, args.tokens),
+             [&](int64_t s0, int64_t s1, Status* status) { kernels.linear(args, s0, s1, status); });
+  return call.y;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(effk, m) {
+  m.def("lscd_pack(Tensor w, *, ScalarType? dtype=None) -> (Tensor values, Tensor bitmap, Tensor offsets)");
+  m.def(
+      "lscd_unpack(Tensor values, Tensor bitmap, Tensor offsets, SymInt rows, SymInt cols, Tensor? scale=None) -> "
+      "Tensor");
+  m.def(
+      "lscd_linear(Tensor x, Tensor values, Tensor bitmap, Tensor offsets, SymInt rows, SymInt cols, "
+      "Tensor? bias=None, Tensor? scale=None, *, str activation=\"none\") -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {
+  m.impl("lscd_pack", TORCH_BOX(&pack));
+  m.impl("lscd_unpack", TORCH_BOX(&unpack));
+  m.impl("lscd_linear", TORCH_BOX(&linear));
+}
+
+}  // namespace
+}  // namespace effk::lscd

@@ -1,0 +1,119 @@
+// What the CPU levels of lscd share: checks of a tile, and the end of a sum. All in an anonymous namespace, so that
+// each level has its own copy, compiled for it.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "../common/float_bits.h"
+#include "lscd.h"
+
+namespace effk::lscd {
+namespace {
+
+template <Type>
+struct TypeOf;
+template <>
+struct TypeOf<Type::f32> {
+  using type = float;
+};
+template <>
+struct TypeOf<Type::f16> {
+  using type = Half;
+};
+template <>
+struct TypeOf<Type::bf16> {
+  using type = BFloat16;
+};
+template <>
+struct TypeOf<Type::i8> {
+  using type = int8_t;
+};
+
+// Calls f with a null pointer of the C++ type of t.
+template <class F>
+inline void with_type(Type t, const F& f) {
+  switch (t) {
+    case Type::f32: return f(static_cast<float*>(nullptr));
+    case Type::f16: return f(static_cast<Half*>(nullptr));
+    case Type::bf16: return f(static_cast<BFloat16*>(nullptr));
+    case Type::i8: return f(static_cast<int8_t*>(nullptr));
+  }
+}
+
+// Tile t of strip s, as read from untrusted memory.
+struct Tile {
+  int64_t index;        // into offsets
+  int64_t sub_col;      // first column of sub-tiles
+  int64_t sub_cols;
+  const uint64_t* words;
+  int64_t begin, end;   // of its values
+};
+
+inline Tile tile_at(const Packed& p, int64_t s, int64_t t) {
+  const int64_t sub_cols = p.shape.sub_cols(), first = t * kTileSubCols, rest = sub_cols - first;
+  const int64_t index = s * p.shape.tiles() + t;
+  return {index, first, rest < kTileSubCols ? rest : kTileSubCols, p.bitmap + (s * sub_cols + first) * kStripSubs,
+          p.offsets[index], p.offsets[index + 1]};
+}
+
+// Whether reading a tile's values, however many bits its words have, stays inside of `values`. The kernels count
+// the values as they go and compare in the end (tile_complete); only near the end of `values`, where a wrong count
+// could lead out of it, is the count made first.
+inline bool tile_in_bounds(const Packed& p, const Tile& tile) {
+  const int64_t limit = p.num_values - kValuePad;
+  if (tile.begin < 0 || tile.end < tile.begin || tile.end > limit) return false;
+  if (tile.begin <= limit - kTileWeights) return true;
+  int64_t ones = 0;
+  for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) ones += __builtin_popcountll(tile.words[i]);
+  return align_values(ones) == tile.end - tile.begin;
+}
+
+inline bool tile_complete(const Tile& tile, int64_t used) { return align_values(used) == tile.end - tile.begin; }
+
+// Whether all stored weights of strip s are inside of the matrix.
+inline bool strip_inside(const Packed& p, int64_t s) {
+  const int64_t sub_cols = p.shape.sub_cols(), rows = p.shape.rows - s * kStripRows;
+  const uint64_t* words = p.bitmap + s * sub_cols * kStripSubs;
+  uint64_t outside = 0;
+  if (rows < kStripRows) {
+    const uint64_t upper = rows < kSub ? ~uint64_t{0} << rows * kSub : 0;
+    const uint64_t lower = rows <= kSub ? ~uint64_t{0} : ~uint64_t{0} << (rows - kSub) * kSub;
+    for (int64_t c = 0; c < sub_cols; ++c) outside |= (words[2 * c] & upper) | (words[2 * c + 1] & lower);
+  }
+  for (int64_t c = p.shape.cols / kSub; c < sub_cols; ++c) {
+    const int64_t cols = p.shape.cols - c * kSub;  // inside of this sub-tile, 0 to 7
+    const uint64_t row = 0xff & 0xffu << (cols < 0 ? 0 : cols);
+    outside |= (words[2 * c] | words[2 * c + 1]) & row * 0x0101010101010101u;
+  }
+  return outside == 0;
+}
+
+inline float activate(float v, Activation a) {
+  switch (a) {
+    case Activation::none: return v;
+    case Activation::relu: return v < 0 ? 0 : v;  // NaN stays
+    case Activation::gelu: return 0.5f * v * (1 + std::erf(v * 0.70710678118654752f));
+    case Activation::gelu_tanh:
+      return 0.5f * v * (1 + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case Activation::silu: return v / (1 + std::exp(-v));
+  }
+  return v;
+}
+
+// Ends the sums of one strip and token: scale, bias and activation in float32, then one rounding.
+template <class X>
+inline void finish(const Linear& a, int64_t s, int64_t token, const float* sums) {
+  const int64_t row = s * kStripRows, rest = a.w.shape.rows - row, rows = rest < kStripRows ? rest : kStripRows;
+  X* y = static_cast<X*>(a.y) + token * a.w.shape.rows + row;
+  const X* bias = static_cast<const X*>(a.bias);
+  for (int64_t r = 0; r < rows; ++r) {
+    float v = sums[r];
+    if (a.scale) v *= a.scale[row + r];
+    if (bias) v += to_float(bias[row + r]);
+    from_float(activate(v, a.activation), &y[r]);
+  }
+}
+
+}  // namespace
+}  // namespace effk::lscd

@@ -1,0 +1,106 @@
+"""Loads the compiled libraries and remembers what was found."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("effk")
+
+CPU_LEVELS = ("scalar", "avx2", "avx512")
+FOLDER = Path(__file__).parent / "lib"
+
+
+class Library:
+    """A compiled library: its path, and why it isn't there if it isn't."""
+
+    def __init__(self, name: str):
+        self.path = FOLDER / f"lib{name}.so"
+        self.missing = ""
+        self._handle: ctypes.CDLL | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._handle is not None
+
+    @property
+    def handle(self) -> ctypes.CDLL:
+        if self._handle is None:
+            raise RuntimeError(f"effk: {self.path.name} isn't loaded: {self.missing}")
+        return self._handle
+
+    def load(self) -> None:
+        if not self.path.exists():
+            self.missing = "not built"
+            return
+        try:
+            torch.ops.load_library(str(self.path))
+            self._handle = ctypes.CDLL(str(self.path))
+        except OSError as error:
+            self.missing = str(error)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.loaded else f"missing: {self.missing}"
+
+
+cpu = Library("effk_cpu")
+cuda = Library("effk_cuda")
+
+
+def load() -> None:
+    """Loads both libraries. A missing one is a fact for `effk.status()`, not an error."""
+    cpu.load()
+    if not cpu.loaded:
+        log.warning("effk has no operators: its CPU library is missing (%s)", cpu.missing)
+        return
+    cuda.load()
+    for function in ("effk_cpu_level", "effk_supported_cpu_level"):
+        getattr(cpu.handle, function).restype = ctypes.c_char_p
+    cpu.handle.effk_set_cpu_level.argtypes = [ctypes.c_char_p]
+    if forced := os.environ.get("EFFK_CPU_LEVEL"):
+        set_cpu_level(forced)
+
+
+def current_cpu_level() -> str:
+    """The instruction set that CPU kernels use now: one of `CPU_LEVELS`."""
+    return cpu.handle.effk_cpu_level().decode()
+
+
+def supported_cpu_levels() -> tuple[str, ...]:
+    """The levels that this machine can run, from the slowest on."""
+    best = cpu.handle.effk_supported_cpu_level().decode()
+    return CPU_LEVELS[: CPU_LEVELS.index(best) + 1]
+
+
+def set_cpu_level(level: str | None) -> None:
+    """Forces the instruction set of the CPU kernels, for the whole process.
+
+    Args:
+        level: "scalar", "avx2" or "avx512"; None goes back to the best.
+
+    Raises:
+        ValueError: not a level.
+        RuntimeError: this machine can't run it.
+    """
+    code = cpu.handle.effk_set_cpu_level((level or "").encode())
+    if code == 1:
+        raise ValueError(f"effk: CPU level {level!r}; wanted one of {', '.join(CPU_LEVELS)}")
+    if code == 2:
+        raise RuntimeError(f"effk: CPU level {level!r} is not on this machine (it has {supported_cpu_levels()})")
+
+
+@contextmanager
+def cpu_level(level: str) -> Iterator[None]:
+    """Forces a CPU level inside a `with` block. Process-wide: not for use from several threads at once."""
+    before = current_cpu_level()
+    set_cpu_level(level)
+    try:
+        yield
+    finally:
+        set_cpu_level(before)
