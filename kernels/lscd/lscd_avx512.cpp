@@ -1,3 +1,699 @@
+// lscd with AVX-512 (VBMI2 and BF16). An 8x8 sub-tile is expanded into registers as 4 rows x 8 columns of bfloat16, or
+// 2 rows x 8 columns of float32, a register, and multiplied with the 8 inputs broadcast to every row. So each sum is
+// spread over 4 or 8 lanes, which are added once, at the end of a row.
+#include <immintrin.h>
+
+#include <cstdlib>
+
 #include "cpu_common.h"
-#include "lscd.h"
-namespace effk::lscd { const Cpu cpu_avx512 = cpu_scalar; }
+
+namespace effk::lscd {
+namespace {
+
+// --- Expansion ------------------------------------------------------------------------------------------------------
+// In assembly for two reasons. The compiler would fold the load into the instruction, which is several times slower
+// from an unaligned address. And the instruction waits for the old contents of its destination even where a zeroing
+// mask makes them irrelevant; clearing the register first, which costs nothing, breaks that chain (3x on Zen 5).
+#define EFFK_EXPAND(name, instruction, mask)                                                            \
+  inline __m512i name(mask k, __m512i v) {                                                              \
+    __m512i out;                                                                                        \
+    asm("vpxord %0, %0, %0\n\t" instruction " %1, %0%{%2%}%{z%}" : "=&v"(out) : "v"(v), "Yk"(k)); \
+    return out;                                                                                         \
+  }
+EFFK_EXPAND(expand8, "vpexpandb", __mmask64)
+EFFK_EXPAND(expand16, "vpexpandw", __mmask32)
+EFFK_EXPAND(expand32, "vpexpandd", __mmask16)
+#undef EFFK_EXPAND
+
+inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+inline int popcount(uint64_t m) { return static_cast<int>(_mm_popcnt_u64(m)); }
+
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+
+inline __m512 quarter_to_float(__m512i bytes, int i) {
+  const __m128i q = i == 0   ? _mm512_castsi512_si128(bytes)
+                    : i == 1 ? _mm512_extracti32x4_epi32(bytes, 1)
+                    : i == 2 ? _mm512_extracti32x4_epi32(bytes, 2)
+                             : _mm512_extracti32x4_epi32(bytes, 3);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
+}
+
+// --- Arithmetic -----------------------------------------------------------------------------------------------------
+// A Math says what a register of weights holds. Its decode() expands the word of one sub-tile from v on, advances v,
+// and calls f(Index<group>, register).
+struct Float32Math {
+  using X = float;
+  using Register = __m512;
+  static constexpr int kGroups = 4;       // of a sub-tile: 2 rows each
+  static constexpr int kDirectTokens = 3;  // whose sums for a strip fit in registers
+  static constexpr int kPanelStrips = 1;
+  static constexpr int kBlockTiles = 1;
+
+  static Register broadcast(const X* x) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(x)); }
+  static __m512 multiply_add(Register w, Register x, __m512 sum) { return _mm512_fmadd_ps(w, x, sum); }
+  static void store(void* p, Register w) { _mm512_store_ps(p, w); }
+  static Register load(const void* p) { return _mm512_load_ps(p); }
+
+  template <class F>
+  static void decode(uint64_t m, const float*& v, const F& f) {
+    const float* v1 = v + popcount(m & 0xffff);
+    const float* v2 = v + popcount(m & 0xffffffff);
+    const float* v3 = v + popcount(m & 0xffffffffffff);
+    f(Index<0>{}, _mm512_castsi512_ps(expand32(static_cast<__mmask16>(m), lscd::load(v))));
+    f(Index<1>{}, _mm512_castsi512_ps(expand32(static_cast<__mmask16>(m >> 16), lscd::load(v1))));
+    f(Index<2>{}, _mm512_castsi512_ps(expand32(static_cast<__mmask16>(m >> 32), lscd::load(v2))));
+    f(Index<3>{}, _mm512_castsi512_ps(expand32(static_cast<__mmask16>(m >> 48), lscd::load(v3))));
+    v += popcount(m);
+  }
+  template <class F>
+  static void decode(uint64_t m, const Half*& v, const F& f) {
+    const __m512i upper = expand16(static_cast<__mmask32>(m), lscd::load(v));
+    const __m512i lower = expand16(static_cast<__mmask32>(m >> 32), lscd::load(v + popcount(m & 0xffffffff)));
+    f(Index<0>{}, _mm512_cvtph_ps(_mm512_castsi512_si256(upper)));
+    f(Index<1>{}, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(upper, 1)));
+    f(Index<2>{}, _mm512_cvtph_ps(_mm512_castsi512_si256(lower)));
+    f(Index<3>{}, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(lower, 1)));
+    v += popcount(m);
+  }
+  template <class F>
+  static void decode(uint64_t m, const BFloat16*& v, const F& f) {
+    const auto widen = [](__m256i h) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    };
+    const __m512i upper = expand16(static_cast<__mmask32>(m), lscd::load(v));
+    const __m512i lower = expand16(static_cast<__mmask32>(m >> 32), lscd::load(v + popcount(m & 0xffffffff)));
+    f(Index<0>{}, widen(_mm512_castsi512_si256(upper)));
+    f(Index<1>{}, widen(_mm512_extracti64x4_epi64(upper, 1)));
+    f(Index<2>{}, widen(_mm512_castsi512_si256(lower)));
+    f(Index<3>{}, widen(_mm512_extracti64x4_epi64(lower, 1)));
+    v += popcount(m);
+  }
+  template <class F>
+  static void decode(uint64_t m, const int8_t*& v, const F& f) {
+    const __m512i all = expand8(m, lscd::load(v));
+    f(Index<0>{}, quarter_to_float(all, 0));
+    f(Index<1>{}, quarter_to_float(all, 1));
+    f(Index<2>{}, quarter_to_float(all, 2));
+    f(Index<3>{}, quarter_to_float(all, 3));
+    v += popcount(m);
+  }
+
+  // The 16 sums of a strip from their 8 registers of 2 rows x 8 lanes.
+  static __m512 reduce(const __m512* sums);
+};
+
+struct BFloat16Math {
+  using X = BFloat16;
+  using Register = __m512i;
+  static constexpr int kGroups = 2;  // of a sub-tile: 4 rows each
+  static constexpr int kDirectTokens = 5;
+  static constexpr int kPanelStrips = 2;
+  static constexpr int kBlockTiles = 2;
+
+  static Register broadcast(const X* x) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  static __m512 multiply_add(Register w, Register x, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+  static void store(void* p, Register w) { _mm512_store_si512(p, w); }
+  static Register load(const void* p) { return _mm512_load_si512(p); }
+
+  template <class F>
+  static void decode(uint64_t m, const BFloat16*& v, const F& f) {
+    f(Index<0>{}, expand16(static_cast<__mmask32>(m), lscd::load(v)));
+    f(Index<1>{}, expand16(static_cast<__mmask32>(m >> 32), lscd::load(v + popcount(m & 0xffffffff))));
+    v += popcount(m);
+  }
+  template <class F>
+  static void decode(uint64_t m, const int8_t*& v, const F& f) {  // exact: 8 bits hold -128 to 127
+    const __m512i all = expand8(m, lscd::load(v));
+    const auto pair = [&](int i) {
+      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(quarter_to_float(all, i + 1), quarter_to_float(all, i)));
+    };
+    f(Index<0>{}, pair(0));
+    f(Index<1>{}, pair(2));
+    v += popcount(m);
+  }
+
+  static __m512 reduce(const __m512* s) {  // 4 registers of 4 rows x 4 lanes
+    const __m512 s01 = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
+    const __m512 s23 = _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
+    const __m512 rows = _mm512_add_ps(_mm512_shuffle_ps(s01, s23, 0x44), _mm512_shuffle_ps(s01, s23, 0xee));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_ps(order, rows);
+  }
+};
+
+inline __m512 Float32Math::reduce(const __m512* s) {
+  __m512 folded[4];
+  for (int i = 0; i < 4; ++i)
+    folded[i] = _mm512_add_ps(_mm512_shuffle_f32x4(s[2 * i], s[2 * i + 1], 0x88),
+                              _mm512_shuffle_f32x4(s[2 * i], s[2 * i + 1], 0xdd));
+  return BFloat16Math::reduce(folded);
+}
+
+// --- Linear ---------------------------------------------------------------------------------------------------------
+// x is prepared in chunks of tokens; inside a chunk, blocks of columns follow each other, [tokens, columns] each, so
+// that what one block of weights needs is contiguous.
+constexpr int64_t kChunk = 256;      // tokens for which weights are expanded once
+constexpr int64_t kGroupStrips = 4;  // strips that share a block of x while it is in the cache
+
+template <class M>
+struct Layout {
+  const Linear& a;
+  int64_t padded, chunk_start, chunk_tokens;
+
+  Layout(const Linear& args, int64_t first_token)
+      : a(args), padded(args.w.shape.padded_cols()), chunk_start(first_token / kChunk * kChunk) {
+    const int64_t rest = a.tokens - chunk_start;
+    chunk_tokens = rest < kChunk ? rest : kChunk;
+  }
+  int64_t block_cols(int64_t tile) const {  // of the block that holds this tile
+    const int64_t first = tile / M::kBlockTiles * M::kBlockTiles * kTileCols;
+    return padded - first < M::kBlockTiles * kTileCols ? padded - first : M::kBlockTiles * kTileCols;
+  }
+  // Where token's inputs for a tile are.
+  typename M::X* at(int64_t token, int64_t tile) const {
+    const int64_t first = tile / M::kBlockTiles * M::kBlockTiles * kTileCols;
+    return static_cast<typename M::X*>(a.prepared) + chunk_start * padded + first * chunk_tokens +
+           (token - chunk_start) * block_cols(tile) + (tile * kTileCols - first);
+  }
+};
+
+inline void convert(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+inline void convert(const BFloat16* from, BFloat16* to, int64_t n) { std::memcpy(to, from, n * sizeof(BFloat16)); }
+inline void convert(const Half* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+template <class M, class X>
+void prepare(const Linear& a, int64_t t0, int64_t t1) {
+  using E = typename M::X;
+  for (int64_t t = t0; t < t1; ++t) {
+    const Layout<M> layout(a, t);
+    const X* x = static_cast<const X*>(a.x) + t * a.x_token_stride;
+    for (int64_t tile = 0; tile < a.w.shape.tiles(); ++tile) {
+      E* to = layout.at(t, tile);
+      const int64_t col = tile * kTileCols;
+      const int64_t room = layout.padded - col < kTileCols ? layout.padded - col : kTileCols;
+      const int64_t rest = a.w.shape.cols - col, cols = rest < room ? rest : room;
+      if (a.x_col_stride == 1)
+        convert(x + col, to, cols);
+      else
+        for (int64_t i = 0; i < cols; ++i) convert(x + (col + i) * a.x_col_stride, to + i, 1);
+      for (int64_t i = cols; i < room; ++i) to[i] = E{};
+    }
+  }
+}
+
+inline __m512 load_floats(const float* p, __mmask16 k) { return _mm512_maskz_loadu_ps(k, p); }
+inline __m512 load_floats(const Half* p, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)); }
+inline __m512 load_floats(const BFloat16* p, __mmask16 k) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
+}
+inline void store_floats(float* p, __mmask16 k, __m512 v) { _mm512_mask_storeu_ps(p, k, v); }
+inline void store_floats(Half* p, __mmask16 k, __m512 v) {
+  _mm256_mask_storeu_epi16(p, k, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_floats(BFloat16* p, __mmask16 k, __m512 v) {
+  _mm256_mask_storeu_epi16(p, k, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+
+// Ends the 16 sums of a token: scale, bias and activation in float32, then one rounding.
+template <class X>
+void write(const Linear& a, int64_t s, int64_t token, __m512 v) {
+  const int64_t row = s * kStripRows, rest = a.w.shape.rows - row;
+  const __mmask16 k = rest < kStripRows ? (1u << rest) - 1 : 0xffff;
+  if (a.scale) v = _mm512_mul_ps(v, load_floats(a.scale + row, k));
+  if (a.bias) v = _mm512_add_ps(v, load_floats(static_cast<const X*>(a.bias) + row, k));
+  if (a.activation == Activation::relu) {
+    v = _mm512_max_ps(_mm512_setzero_ps(), v);  // NaN stays: the second operand is returned then
+  } else if (a.activation != Activation::none) {
+    alignas(64) float out[kStripRows];
+    _mm512_store_ps(out, v);
+    for (float& f : out) f = activate(f, a.activation);
+    v = _mm512_load_ps(out);
+  }
+  store_floats(static_cast<X*>(a.y) + token * a.w.shape.rows + row, k, v);
+}
+
+// Few tokens: sums stay in registers from the first column to the last, and no weight is ever stored expanded.
+template <class M, class V, class X, int N>
+bool linear_direct(const Linear& a, int64_t s, Status* status) {
+  constexpr int kGroups = kStripSubs * M::kGroups;
+  constexpr int kSets = N == 1 ? 2 : 1;  // one token alone would wait for its own sums
+  const Layout<M> layout(a, 0);
+  __m512 sums[kSets][N][kGroups];
+  for (auto& set : sums)
+    for (auto& token : set)
+      for (auto& sum : token) sum = _mm512_setzero_ps();
+
+  for (int64_t t = 0; t < a.w.shape.tiles(); ++t) {
+    const Tile tile = tile_at(a.w, s, t);
+    if (!tile_in_bounds(a.w, tile)) return status->bad_tile = tile.index, false;
+    const V* const first = static_cast<const V*>(a.w.values) + tile.begin;
+    const V* v = first;
+    const typename M::X* x = layout.at(0, t);
+    const int64_t stride = layout.block_cols(t);
+    const uint64_t* words = tile.words;
+    for (int64_t c = 0; c < tile.sub_cols; c += 2) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        auto& set = sums[i % kSets];
+        typename M::Register xs[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) xs[n] = M::broadcast(x + n * stride + (c + i) * kSub);
+#pragma GCC unroll 2
+        for (int h = 0; h < kStripSubs; ++h)
+          M::decode(words[2 * (c + i) + h], v, [&](auto g, typename M::Register w) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+              auto& sum = set[n][h * M::kGroups + g.value];
+              sum = M::multiply_add(w, xs[n], sum);
+            }
+          });
+      }
+    }
+    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    if constexpr (kSets == 2)
+      for (int g = 0; g < kGroups; ++g) sums[0][n][g] = _mm512_add_ps(sums[0][n][g], sums[1][n][g]);
+    write<X>(a, s, n, M::reduce(sums[0][n]));
+  }
+  return true;
+}
+
+// Packed weights that are needed soon, to be fetched from memory while others are multiplied.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;
+  Ahead part(int64_t i, int64_t parts) const {
+    const int64_t from = lines * i / parts;
+    return {at + from * 64, lines * (i + 1) / parts - from};
+  }
+};
+
+// Many tokens: a block of weights is expanded into a panel in the cache and used for all tokens of a chunk. Weights of
+// 8 registers times 3 tokens make the best use of the load ports: broadcasts of x are dear (10% over 4 times 6).
+constexpr int kPanelGroups = 8;
+constexpr int kPanelTokens = 3;
+
+template <class M>
+struct Panel {
+  static_assert(M::kPanelStrips * kStripSubs * M::kGroups == kPanelGroups);
+  static constexpr int kStripGroups = kStripSubs * M::kGroups;
+  static constexpr int64_t kBytes = M::kBlockTiles * kTileSubCols * kPanelGroups * 64;
+  static constexpr int64_t kSumFloats = kChunk * kPanelGroups * 16;
+  static constexpr int64_t kPanels = kGroupStrips / M::kPanelStrips;  // that share a block of x
+  char* weights;  // [sub columns][strips][groups]
+  float* sums;    // [panels][tokens][strips][groups][16]
+
+  Panel()
+      : weights(static_cast<char*>(std::aligned_alloc(64, kBytes + kPanels * kSumFloats * sizeof(float)))),
+        sums(reinterpret_cast<float*>(weights + kBytes)) {}
+  ~Panel() { std::free(weights); }
+  Panel(const Panel&) = delete;
+};
+
+// sums[N][groups] += expanded weights [sub_cols][groups] times x.
+template <class M, int N>
+void multiply_panel(const char* panel, int64_t sub_cols, const typename M::X* x, int64_t stride, bool first, float* to,
+                    const Ahead& ahead) {
+  __m512 sums[N][kPanelGroups];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int g = 0; g < kPanelGroups; ++g)
+      sums[n][g] = first ? _mm512_setzero_ps() : _mm512_load_ps(to + (n * kPanelGroups + g) * 16);
+  const char *fetch = ahead.at, *const fetch_end = ahead.at + ahead.lines * 64;
+  const int64_t fetch_step = (ahead.lines + sub_cols - 1) / sub_cols * 64;
+  for (int64_t c = 0; c < sub_cols; ++c) {
+    if (fetch < fetch_end)
+      for (int64_t i = 0; i < fetch_step; i += 64, fetch += 64) _mm_prefetch(fetch, _MM_HINT_T1);
+    typename M::Register xs[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) xs[n] = M::broadcast(x + n * stride + c * kSub);
+#pragma GCC unroll 8
+    for (int g = 0; g < kPanelGroups; ++g) {
+      const typename M::Register w = M::load(panel + (c * kPanelGroups + g) * 64);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[n][g] = M::multiply_add(w, xs[n], sums[n][g]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int g = 0; g < kPanelGroups; ++g) _mm512_store_ps(to + (n * kPanelGroups + g) * 16, sums[n][g]);
+}
+
+template <class M, class... Args>
+void multiply_panel_of(int64_t tokens, const Args&... args) {
+  switch (tokens) {
+    case 1: return multiply_panel<M, 1>(args...);
+    case 2: return multiply_panel<M, 2>(args...);
+    case 3: return multiply_panel<M, 3>(args...);
+  }
+}
+
+// Expands the tiles [t0, t1) of a strip; false when one is corrupt.
+template <class M, class V>
+bool expand_block(const Packed& p, int64_t s, int64_t t0, int64_t t1, char* panel, Status* status) {
+  for (int64_t t = t0; t < t1; ++t) {
+    const Tile tile = tile_at(p, s, t);
+    if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
+    const V* const first = static_cast<const V*>(p.values) + tile.begin;
+    const V* v = first;
+    for (int64_t c = 0; c < tile.sub_cols; ++c, panel += kPanelGroups * 64)
+#pragma GCC unroll 2
+      for (int h = 0; h < kStripSubs; ++h)
+        M::decode(tile.words[c * kStripSubs + h], v, [&](auto g, typename M::Register w) {
+          M::store(panel + (h * M::kGroups + g.value) * 64, w);
+        });
+    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
+  }
+  return true;
+}
+
+// The values of tiles [t0, t1) of a strip. Nothing is checked: fetching ahead from a wrong address does no harm.
+template <class V>
+Ahead values_of(const Packed& p, int64_t s, int64_t t0, int64_t t1) {
+  const int64_t tiles = p.shape.tiles(), begin = p.offsets[s * tiles + t0], end = p.offsets[s * tiles + t1];
+  const auto address = reinterpret_cast<uintptr_t>(p.values) + static_cast<uintptr_t>(begin) * sizeof(V);
+  const int64_t most = (t1 - t0) * kTileWeights * static_cast<int64_t>(sizeof(V)) / 64;
+  const int64_t lines = static_cast<int64_t>((static_cast<uint64_t>(end) - begin) * sizeof(V) / 64);
+  return {reinterpret_cast<const char*>(address), lines < 0 ? 0 : lines < most ? lines : most};
+}
+
+// Strips [s0, s1), at most kGroupStrips, for one chunk of tokens.
+template <class M, class V, class X>
+bool linear_chunk(const Linear& a, int64_t chunk, int64_t s0, int64_t s1, const Panel<M>& work, Status* status) {
+  using P = Panel<M>;
+  const int64_t tiles = a.w.shape.tiles(), sub_cols = a.w.shape.sub_cols();
+  const auto block_end = [&](int64_t t) { return t + M::kBlockTiles < tiles ? t + M::kBlockTiles : tiles; };
+  const Layout<M> layout(a, chunk);
+  const int64_t tokens = layout.chunk_tokens, parts = (tokens + kPanelTokens - 1) / kPanelTokens;
+  for (int64_t t = 0; t < tiles; t = block_end(t)) {
+    const int64_t t1 = block_end(t), end = t1 * kTileSubCols < sub_cols ? t1 * kTileSubCols : sub_cols;
+    for (int64_t s = s0; s < s1; s += M::kPanelStrips) {
+      Ahead ahead[M::kPanelStrips];
+      for (int64_t i = 0; i < M::kPanelStrips; ++i) {
+        // Where the last panel has fewer strips, what it holds of an earlier one is multiplied and dropped.
+        if (s + i < s1 && !expand_block<M, V>(a.w, s + i, t, t1, work.weights + i * P::kStripGroups * 64, status))
+          return false;
+        if (const int64_t next = s + i + M::kPanelStrips; next < s1)
+          ahead[i] = values_of<V>(a.w, next, t, t1);
+        else if (s0 + i < s1 && t1 < tiles)
+          ahead[i] = values_of<V>(a.w, s0 + i, t1, block_end(t1));
+      }
+      float* sums = work.sums + (s - s0) / M::kPanelStrips * P::kSumFloats;
+      for (int64_t i = 0; i < parts; ++i) {  // as even as can be
+        const int64_t n0 = tokens * i / parts, n1 = tokens * (i + 1) / parts;
+        const int64_t strip = i * M::kPanelStrips / parts;  // whose values to fetch meanwhile
+        const int64_t from = (strip * parts + M::kPanelStrips - 1) / M::kPanelStrips;
+        const int64_t to = ((strip + 1) * parts + M::kPanelStrips - 1) / M::kPanelStrips;
+        multiply_panel_of<M>(n1 - n0, work.weights, end - t * kTileSubCols, layout.at(chunk + n0, t),
+                             layout.block_cols(t), t == 0, sums + n0 * kPanelGroups * 16,
+                             ahead[strip].part(i - from, to - from));
+      }
+    }
+  }
+  for (int64_t s = s0; s < s1; ++s)
+    for (int64_t n = 0; n < tokens; ++n) {
+      const float* from = work.sums + (s - s0) / M::kPanelStrips * P::kSumFloats +
+                          (n * kPanelGroups + (s - s0) % M::kPanelStrips * P::kStripGroups) * 16;
+      __m512 sums[P::kStripGroups];
+      for (int g = 0; g < P::kStripGroups; ++g) sums[g] = tiles ? _mm512_load_ps(from + g * 16) : _mm512_setzero_ps();
+      write<X>(a, s, chunk + n, M::reduce(sums));
+    }
+  return true;
+}
+
+template <class M, class V, class X>
+void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+  for (int64_t s = s0; s < s1; ++s)
+    if (!strip_inside(a.w, s)) {
+      status->bad_tile = s * a.w.shape.tiles();
+      return;
+    }
+  bool (*direct)(const Linear&, int64_t, Status*) = nullptr;
+  switch (a.tokens) {
+    case 1: direct = linear_direct<M, V, X, 1>; break;
+    case 2: direct = linear_direct<M, V, X, 2>; break;
+    case 3: direct = linear_direct<M, V, X, 3>; break;
+    case 4: if constexpr (M::kDirectTokens >= 4) direct = linear_direct<M, V, X, 4>; break;
+    case 5: if constexpr (M::kDirectTokens >= 5) direct = linear_direct<M, V, X, 5>; break;
+  }
+  if (direct) {
+    for (int64_t s = s0; s < s1; ++s)
+      if (!direct(a, s, status)) return;
+    return;
+  }
+  const Panel<M> work;
+  for (int64_t chunk = 0; chunk < a.tokens; chunk += kChunk)
+    for (int64_t s = s0; s < s1; s += kGroupStrips)
+      if (!linear_chunk<M, V, X>(a, chunk, s, s + kGroupStrips < s1 ? s + kGroupStrips : s1, work, status)) return;
+}
+
+// --- Packing --------------------------------------------------------------------------------------------------------
+// Which of the n <= 64 weights at w aren't zero.
+inline uint64_t nonzeros(const float* w, int64_t n) {
+  uint64_t out = 0;
+  for (int i = 0; i < 4 && i * 16 < n; ++i) {
+    const __mmask16 valid = n - i * 16 >= 16 ? 0xffff : (1u << (n - i * 16)) - 1;
+    const __m512i v = _mm512_maskz_loadu_epi32(valid, w + i * 16);
+    out |= static_cast<uint64_t>(_mm512_test_epi32_mask(v, _mm512_set1_epi32(0x7fffffff))) << i * 16;
+  }
+  return out;
+}
+template <class V>
+inline uint64_t nonzeros16(const V* w, int64_t n) {
+  uint64_t out = 0;
+  for (int i = 0; i < 2 && i * 32 < n; ++i) {
+    const __mmask32 valid = n - i * 32 >= 32 ? ~0u : (1u << (n - i * 32)) - 1;
+    const __m512i v = _mm512_maskz_loadu_epi16(valid, w + i * 32);
+    out |= static_cast<uint64_t>(_mm512_test_epi16_mask(v, _mm512_set1_epi16(0x7fff))) << i * 32;
+  }
+  return out;
+}
+inline uint64_t nonzeros(const Half* w, int64_t n) { return nonzeros16(w, n); }
+inline uint64_t nonzeros(const BFloat16* w, int64_t n) { return nonzeros16(w, n); }
+inline uint64_t nonzeros(const int8_t* w, int64_t n) {
+  const __m512i v = _mm512_maskz_loadu_epi8(n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1, w);
+  return _mm512_test_epi8_mask(v, v);
+}
+
+template <class V>
+void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+  const int64_t sub_cols = shape.sub_cols(), tiles = shape.tiles();
+  const int64_t rest = shape.rows - s * kStripRows, rows = rest < kStripRows ? rest : kStripRows;
+  const V* data = static_cast<const V*>(w.data) + s * kStripRows * w.row_stride;
+  uint64_t* words = bitmap + s * sub_cols * kStripSubs;
+  for (int64_t t = 0; t < tiles; ++t) counts[s * tiles + t] = 0;
+  // Byte 8 c + r of the result is byte 8 r + c: turns the rows of 8 sub-tiles into their words.
+  alignas(64) uint8_t order[64];
+  for (int i = 0; i < 64; ++i) order[i] = static_cast<uint8_t>(i % 8 * 8 + i / 8);
+  const __m512i transpose = _mm512_load_si512(order);
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+
+  for (int64_t c = 0; c < sub_cols; c += 8) {  // 64 columns at a time
+    alignas(64) uint64_t masks[kStripRows] = {};
+    const int64_t cols = shape.cols - c * kSub;
+    if (cols > 0)
+      for (int64_t r = 0; r < rows; ++r) masks[r] = nonzeros(data + r * w.row_stride + c * kSub, cols < 64 ? cols : 64);
+    const __m512i upper = _mm512_permutexvar_epi8(transpose, _mm512_load_si512(masks));
+    const __m512i lower = _mm512_permutexvar_epi8(transpose, _mm512_load_si512(masks + 8));
+    const int64_t left = (sub_cols - c) * kStripSubs;  // words
+    const __mmask8 first = left >= 8 ? 0xff : (1u << left) - 1;
+    const __mmask8 second = left >= 16 ? 0xff : left > 8 ? (1u << (left - 8)) - 1 : 0;
+    _mm512_mask_storeu_epi64(words + 2 * c, first, _mm512_permutex2var_epi64(upper, low, lower));
+    _mm512_mask_storeu_epi64(words + 2 * c + 8, second, _mm512_permutex2var_epi64(upper, high, lower));
+    counts[s * tiles + c / kTileSubCols] +=
+        _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_popcnt_epi64(upper), _mm512_popcnt_epi64(lower)));
+  }
+}
+
+// The stored weights of one sub-tile, read from 8 rows, to v; room is what is left of the tile.
+template <class V>
+void compress(uint64_t m, const V* const* rows, int64_t col, V* v, int64_t room) {
+  constexpr int kLanes = 64 / sizeof(V), kRows = kLanes / kSub;  // in a register
+  for (int r = 0; r < kSub; r += kRows) {
+    __m512i w;
+    if constexpr (sizeof(V) == 4) {
+      w = _mm512_inserti64x4(
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + col))),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r + 1] + col)), 1);
+    } else if constexpr (sizeof(V) == 2) {
+      const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r + i] + col)); };
+      w = _mm512_inserti32x4(_mm512_castsi128_si512(at(0)), at(1), 1);
+      w = _mm512_inserti32x4(_mm512_inserti32x4(w, at(2), 2), at(3), 3);
+    } else {
+      alignas(64) int64_t all[8];
+      for (int i = 0; i < 8; ++i) std::memcpy(&all[i], rows[i] + col, 8);
+      w = _mm512_load_si512(all);
+    }
+    const uint64_t k = kLanes == 64 ? m : m & ((uint64_t{1} << kLanes % 64) - 1);
+    const uint64_t keep = room >= kLanes ? ~uint64_t{0} : (uint64_t{1} << room) - 1;  // not into the next tile
+    if constexpr (sizeof(V) == 4)
+      _mm512_mask_storeu_epi32(v, static_cast<__mmask16>(keep), _mm512_maskz_compress_epi32(k, w));
+    else if constexpr (sizeof(V) == 2)
+      _mm512_mask_storeu_epi16(v, static_cast<__mmask32>(keep), _mm512_maskz_compress_epi16(k, w));
+    else
+      _mm512_mask_storeu_epi8(v, keep, _mm512_maskz_compress_epi8(k, w));
+    v += popcount(k);
+    room -= popcount(k);
+    m >>= kLanes % 64;
+  }
+}
+
+template <class V>
+void fill_strip(const Packed& p, const Dense& w, int64_t s) {
+  const V* data = static_cast<const V*>(w.data);
+  const int64_t row = s * kStripRows;
+  const V* rows[kStripRows];
+  for (int64_t r = 0; r < kStripRows; ++r)  // rows that aren't there have no bits; any valid address will do
+    rows[r] = data + (row + r < p.shape.rows ? row + r : row) * w.row_stride;
+  for (int64_t t = 0; t < p.shape.tiles(); ++t) {
+    const Tile tile = tile_at(p, s, t);
+    V* v = static_cast<V*>(const_cast<void*>(p.values)) + tile.begin;
+    V* const end = v + (tile.end - tile.begin);
+    for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
+      const int64_t col = (tile.sub_col + i / kStripSubs) * kSub, h = i % kStripSubs * kSub;
+      const uint64_t m = tile.words[i];
+      if (col + kSub <= p.shape.cols) {
+        compress(m, rows + h, col, v, end - v);
+        v += popcount(m);
+      } else {  // the vector loads would pass the end of a row
+        for (uint64_t rest = m; rest; rest &= rest - 1) {
+          const int bit = __builtin_ctzll(rest);
+          *v++ = rows[h + bit / kSub][col + bit % kSub];
+        }
+      }
+    }
+    while (v < end) *v++ = V{};
+  }
+}
+
+// --- Unpacking ------------------------------------------------------------------------------------------------------
+// One sub-tile as [8][8] in memory.
+inline void expand_sub_tile(uint64_t m, const float* v, float* out) {
+  Float32Math::decode(m, v, [&](auto g, __m512 w) { _mm512_store_ps(out + g.value * 16, w); });
+}
+template <class V>
+inline void expand_sub_tile16(uint64_t m, const V* v, V* out) {
+  _mm512_store_si512(out, expand16(static_cast<__mmask32>(m), load(v)));
+  _mm512_store_si512(out + 32, expand16(static_cast<__mmask32>(m >> 32), load(v + popcount(m & 0xffffffff))));
+}
+inline void expand_sub_tile(uint64_t m, const Half* v, Half* out) { expand_sub_tile16(m, v, out); }
+inline void expand_sub_tile(uint64_t m, const BFloat16* v, BFloat16* out) { expand_sub_tile16(m, v, out); }
+inline void expand_sub_tile(uint64_t m, const int8_t* v, int8_t* out) { _mm512_store_si512(out, expand8(m, load(v))); }
+
+template <class V, class Out>
+bool unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+  const int64_t row = s * kStripRows;
+  for (int64_t t = 0; t < p.shape.tiles(); ++t) {
+    const Tile tile = tile_at(p, s, t);
+    if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
+    const V* const first = static_cast<const V*>(p.values) + tile.begin;
+    const V* v = first;
+    for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
+      const int64_t top = row + i % kStripSubs * kSub, col = (tile.sub_col + i / kStripSubs) * kSub;
+      const uint64_t m = tile.words[i];
+      alignas(64) Out block[kSub * kSub];
+      if constexpr (std::is_same_v<V, Out>) expand_sub_tile(m, v, block);
+      if constexpr (!std::is_same_v<Out, int8_t>)
+        if (scale) {
+          const V* from = v;
+          Float32Math::decode(m, from, [&](auto g, __m512 w) {
+            alignas(64) float wide[16];
+            _mm512_store_ps(wide, w);
+            for (int j = 0; j < 16; ++j) {
+              const int64_t r = top + g.value * 2 + j / kSub;
+              from_float(wide[j] * (r < p.shape.rows ? scale[r] : 0), &block[g.value * 16 + j]);
+            }
+          });
+        }
+      v += popcount(m);
+      const int64_t rows = p.shape.rows - top < kSub ? p.shape.rows - top : kSub;
+      Out* to = out + top * p.shape.cols + col;
+      if (col + kSub <= p.shape.cols) {
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * p.shape.cols, block + r * kSub, kSub * sizeof(Out));
+      } else {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; col + c < p.shape.cols; ++c) to[r * p.shape.cols + c] = block[r * kSub + c];
+      }
+    }
+    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
+  }
+  if (!strip_inside(p, s)) return status->bad_tile = s * p.shape.tiles(), false;
+  return true;
+}
+
+bool uses_bfloat16(const Linear& a) { return a.x_type == Type::bf16; }
+
+constexpr Cpu kTable = {
+    .count =
+        [](const Shape& shape, Type type, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s0, int64_t s1) {
+          if (w.col_stride != 1) return cpu_scalar.count(shape, type, w, bitmap, counts, s0, s1);
+          with_type(type, [&]<class V>(V*) {
+            for (int64_t s = s0; s < s1; ++s) count_strip<V>(shape, w, bitmap, counts, s);
+          });
+        },
+    .fill =
+        [](const Packed& p, const Dense& w, int64_t s0, int64_t s1) {
+          if (w.col_stride != 1) return cpu_scalar.fill(p, w, s0, s1);
+          with_type(p.type, [&]<class V>(V*) {
+            for (int64_t s = s0; s < s1; ++s) fill_strip<V>(p, w, s);
+          });
+        },
+    .unpack =
+        [](const Packed& p, const float* scale, void* out, Type out_type, int64_t s0, int64_t s1, Status* status) {
+          with_type(p.type, [&]<class V>(V*) {
+            for (int64_t s = s0; s < s1; ++s) {
+              const bool good = out_type == p.type ? unpack_strip<V>(p, scale, static_cast<V*>(out), s, status)
+                                                   : unpack_strip<V>(p, scale, static_cast<float*>(out), s, status);
+              if (!good) return;
+            }
+          });
+        },
+    .prepared_bytes = [](const Linear& a) -> int64_t {
+      return a.tokens * a.w.shape.padded_cols() * (uses_bfloat16(a) ? 2 : 4);
+    },
+    .prepare =
+        [](const Linear& a, int64_t t0, int64_t t1) {
+          switch (a.x_type) {
+            case Type::f32: return prepare<Float32Math, float>(a, t0, t1);
+            case Type::f16: return prepare<Float32Math, Half>(a, t0, t1);
+            default: return prepare<BFloat16Math, BFloat16>(a, t0, t1);
+          }
+        },
+    .linear =
+        [](const Linear& a, int64_t s0, int64_t s1, Status* status) {
+          const bool i8 = a.w.type == Type::i8;
+          switch (a.x_type) {
+            case Type::f32:
+              return i8 ? linear<Float32Math, int8_t, float>(a, s0, s1, status)
+                        : linear<Float32Math, float, float>(a, s0, s1, status);
+            case Type::f16:
+              return i8 ? linear<Float32Math, int8_t, Half>(a, s0, s1, status)
+                        : linear<Float32Math, Half, Half>(a, s0, s1, status);
+            default:
+              return i8 ? linear<BFloat16Math, int8_t, BFloat16>(a, s0, s1, status)
+                        : linear<BFloat16Math, BFloat16, BFloat16>(a, s0, s1, status);
+          }
+        },
+};
+
+}  // namespace
+
+constinit const Cpu cpu_avx512 = kTable;
+
+}  // namespace effk::lscd

@@ -11,6 +11,7 @@ STRIP_ROWS = 16
 TILE_SUB_COLS = 32  # columns of sub-tiles that share an offset
 VALUE_ALIGN = 16
 VALUE_PAD = 64
+MAX_SIDE = 2**31  # bounds what the sizes of a tensor can multiply to
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,10 +32,17 @@ def sizes(rows: int, cols: int) -> tuple[int, int, int]:
 
 def check_packed(op: str, values: Tensor, bitmap: Tensor, offsets: Tensor, rows: int, cols: int) -> None:
     """The checks that need no look at the contents."""
+    torch._check(
+        0 <= rows <= MAX_SIDE and 0 <= cols <= MAX_SIDE,
+        lambda: f"effk::{op}: rows and cols are {rows} and {cols}; wanted 0 to 2^31",
+    )
     strips, sub_cols, tiles = sizes(rows, cols)
     torch._check(
         values.dtype in (*FLOATS, torch.int8),
         lambda: f"effk::{op}: values has dtype {values.dtype}; wanted float32, float16, bfloat16 or int8",
+    )
+    torch._check(
+        values.dim() == 1, lambda: f"effk::{op}: values has shape {list(values.shape)}; wanted one dimension"
     )
     for name, tensor, shape in (
         ("bitmap", bitmap, (strips, sub_cols, 2)),
@@ -47,12 +55,17 @@ def check_packed(op: str, values: Tensor, bitmap: Tensor, offsets: Tensor, rows:
             tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
             lambda: f"effk::{op}: {name} has shape {list(tensor.shape)}; wanted {list(shape)}",
         )
-        torch._check(
-            tensor.device == values.device, lambda: f"effk::{op}: {name} and values are on different devices"
-        )
+        check_device(op, name, tensor, values)
+    for name, tensor in (("values", values), ("bitmap", bitmap), ("offsets", offsets)):
+        torch._check(tensor.is_contiguous(), lambda: f"effk::{op}: {name} must be contiguous")
     torch._check(
-        values.dim() == 1, lambda: f"effk::{op}: values has shape {list(values.shape)}; wanted one dimension"
+        values.shape[0] >= VALUE_PAD,
+        lambda: f"effk::{op}: values has {values.shape[0]} entries; wanted at least the {VALUE_PAD} of padding",
     )
+
+
+def check_device(op: str, name: str, tensor: Tensor, values: Tensor) -> None:
+    torch._check(tensor.device == values.device, lambda: f"effk::{op}: {name} and values are on different devices")
 
 
 def check_pack(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -71,12 +84,14 @@ def check_pack(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def check_scale(op: str, scale: Tensor | None, rows: int) -> None:
+def check_scale(op: str, scale: Tensor | None, values: Tensor, rows: int) -> None:
     if scale is not None:
         torch._check(
             scale.dtype == torch.float32 and scale.dim() == 1 and scale.shape[0] == rows,
             lambda: f"effk::{op}: scale is {scale.dtype} {list(scale.shape)}; wanted float32 [{rows}]",
         )
+        torch._check(scale.is_contiguous(), lambda: f"effk::{op}: scale must be contiguous")
+        check_device(op, "scale", scale, values)
 
 
 def check_linear(
@@ -99,12 +114,14 @@ def check_linear(
         x.dim() >= 1 and x.shape[-1] == cols,
         lambda: f"effk::lscd_linear: x has shape {list(x.shape)}; wanted the last size to be cols = {cols}",
     )
+    check_device("lscd_linear", "x", x, values)
     if bias is not None:
         torch._check(
             bias.dtype == x.dtype and bias.dim() == 1 and bias.shape[0] == rows,
             lambda: f"effk::lscd_linear: bias is {bias.dtype} {list(bias.shape)}; wanted {x.dtype} [{rows}]",
         )
-    check_scale("lscd_linear", scale, rows)
+        check_device("lscd_linear", "bias", bias, values)
+    check_scale("lscd_linear", scale, values, rows)
     torch._check(
         activation in ACTIVATIONS,
         lambda: f"effk::lscd_linear: activation is {activation!r}; wanted one of {', '.join(ACTIVATIONS)}",
@@ -143,7 +160,7 @@ def positions(stored: Tensor, offsets: Tensor) -> Tensor:
     at_tile_start = before[:, :: TILE_SUB_COLS * 128]
     tile = torch.arange(sub_cols * 128, device=stored.device) // (TILE_SUB_COLS * 128)
     in_tile = before - at_tile_start[:, tile]
-    return (offsets[:-1].view(strips, -1)[:, tile] + in_tile).view_as(stored)
+    return (offsets[:-1].view(strips, at_tile_start.shape[1])[:, tile] + in_tile).view_as(stored)
 
 
 def lscd_pack(w: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,15 +173,13 @@ def lscd_pack(w: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, T
     counts = align(tile_counts(stored))
     offsets = F.pad(counts.flatten().cumsum(0), (1, 0))
     values = w.new_zeros(int(offsets[-1]) + VALUE_PAD)
-    values[positions(stored, offsets)[stored]] = blocks[stored]
+    values.index_copy_(0, positions(stored, offsets)[stored], blocks[stored])
     return values, bitmap, offsets
 
 
-def lscd_unpack(
-    values: Tensor, bitmap: Tensor, offsets: Tensor, rows: int, cols: int, scale: Tensor | None = None
-) -> Tensor:
-    check_packed("lscd_unpack", values, bitmap, offsets, rows, cols)
-    check_scale("lscd_unpack", scale, rows)
+def dense(op: str, values: Tensor, bitmap: Tensor, offsets: Tensor, rows: int, cols: int) -> Tensor:
+    """The weights; op is named in errors."""
+    check_packed(op, values, bitmap, offsets, rows, cols)
     stored = (bitmap.unsqueeze(-1) >> torch.arange(64, device=bitmap.device)) & 1 == 1
 
     counts = tile_counts(stored).flatten()
@@ -174,11 +189,18 @@ def lscd_unpack(
         and int(offsets[-1]) == values.numel() - VALUE_PAD
         and bool((offsets.diff() == align(counts)).all())
         and not bool((stored & ~to_sub_tiles(inside)).any()),
-        lambda: "effk::lscd_unpack: the packed tensors are corrupt: bitmap, offsets and values disagree",
+        lambda: f"effk::{op}: the packed tensors are corrupt: bitmap, offsets and values disagree",
     )
-    blocks = values.new_zeros(stored.shape)
-    blocks[stored] = values[positions(stored, offsets)[stored]]
-    w = from_sub_tiles(blocks, rows, cols)
+    # Not `blocks[stored] = ...`: a single element would pass through a scalar, which makes signalling NaNs quiet.
+    weights = values[positions(stored, offsets)[stored]]
+    return from_sub_tiles(values.new_zeros(stored.shape).masked_scatter(stored, weights), rows, cols)
+
+
+def lscd_unpack(
+    values: Tensor, bitmap: Tensor, offsets: Tensor, rows: int, cols: int, scale: Tensor | None = None
+) -> Tensor:
+    check_scale("lscd_unpack", scale, values, rows)
+    w = dense("lscd_unpack", values, bitmap, offsets, rows, cols)
     if scale is None:
         return w
     out_dtype = torch.float32 if w.dtype == torch.int8 else w.dtype
@@ -198,7 +220,7 @@ def lscd_linear(
     activation: str = "none",
 ) -> Tensor:
     check_linear(x, values, rows, cols, bias, scale, activation)
-    w = lscd_unpack(values, bitmap, offsets, rows, cols).double()
+    w = dense("lscd_linear", values, bitmap, offsets, rows, cols).double()
     y = x.double() @ w.T
     if scale is not None:
         y = y * scale.double()
