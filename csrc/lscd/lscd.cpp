@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../../kernels/common/cpu_level.h"
+#include "../common/huge_pages.h"
 #include "args.h"
 
 namespace effk::lscd {
@@ -59,6 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   const int64_t num_values = ends[shape.offsets() - 1] + kValuePad;
   Tensor values = torch::stable::new_empty(source, {num_values});
   auto* bytes = static_cast<char*>(values.mutable_data_ptr());
+  ask_for_huge_pages(bytes, num_values * type_size(type));
   std::fill_n(bytes + (num_values - kValuePad) * type_size(type), kValuePad * type_size(type), 0);
   const Packed packed{shape, type, bytes, num_values, words, ends};
   for_strips("lscd_pack", shape, work,
@@ -74,6 +76,7 @@ Tensor unpack(const Tensor& values, const Tensor& bitmap, const Tensor& offsets,
   check_ends(op, packed);
   Tensor out = torch::stable::new_empty(values, {rows, cols}, unpacked_dtype(values, scale));
   const Type out_type = type_of(op, "out", out);
+  ask_for_huge_pages(out.mutable_data_ptr(), rows * cols * type_size(out_type));
   for_strips(op, packed.shape, packed.shape.padded_cols() * kStripRows, [&](int64_t s0, int64_t s1, Status* status) {
     cpu().unpack(packed, scales, out.mutable_data_ptr(), out_type, s0, s1, status);
   });

@@ -14,16 +14,19 @@ namespace {
 // In assembly for two reasons. The compiler would fold the load into the instruction, which is several times slower
 // from an unaligned address. And the instruction waits for the old contents of its destination even where a zeroing
 // mask makes them irrelevant; clearing the register first, which costs nothing, breaks that chain (3x on Zen 5).
-#define EFFK_EXPAND(name, instruction, mask)                                                            \
+#define EFFK_MASKED(name, instruction, mask)                                                            \
   inline __m512i name(mask k, __m512i v) {                                                              \
     __m512i out;                                                                                        \
     asm("vpxord %0, %0, %0\n\t" instruction " %1, %0%{%2%}%{z%}" : "=&v"(out) : "v"(v), "Yk"(k)); \
     return out;                                                                                         \
   }
-EFFK_EXPAND(expand8, "vpexpandb", __mmask64)
-EFFK_EXPAND(expand16, "vpexpandw", __mmask32)
-EFFK_EXPAND(expand32, "vpexpandd", __mmask16)
-#undef EFFK_EXPAND
+EFFK_MASKED(expand8, "vpexpandb", __mmask64)
+EFFK_MASKED(expand16, "vpexpandw", __mmask32)
+EFFK_MASKED(expand32, "vpexpandd", __mmask16)
+EFFK_MASKED(compress8, "vpcompressb", __mmask64)
+EFFK_MASKED(compress16, "vpcompressw", __mmask32)
+EFFK_MASKED(compress32, "vpcompressd", __mmask16)
+#undef EFFK_MASKED
 
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline int popcount(uint64_t m) { return static_cast<int>(_mm_popcnt_u64(m)); }
@@ -541,13 +544,16 @@ void compress(uint64_t m, const V* const* rows, int64_t col, V* v, int64_t room)
       w = _mm512_load_si512(all);
     }
     const uint64_t k = kLanes == 64 ? m : m & ((uint64_t{1} << kLanes % 64) - 1);
-    const uint64_t keep = room >= kLanes ? ~uint64_t{0} : (uint64_t{1} << room) - 1;  // not into the next tile
     if constexpr (sizeof(V) == 4)
-      _mm512_mask_storeu_epi32(v, static_cast<__mmask16>(keep), _mm512_maskz_compress_epi32(k, w));
+      w = compress32(static_cast<__mmask16>(k), w);
     else if constexpr (sizeof(V) == 2)
-      _mm512_mask_storeu_epi16(v, static_cast<__mmask32>(keep), _mm512_maskz_compress_epi16(k, w));
+      w = compress16(static_cast<__mmask32>(k), w);
     else
-      _mm512_mask_storeu_epi8(v, keep, _mm512_maskz_compress_epi8(k, w));
+      w = compress8(k, w);
+    if (room >= kLanes)
+      _mm512_storeu_si512(v, w);
+    else  // not into the next tile
+      _mm512_mask_storeu_epi8(v, (uint64_t{1} << room * sizeof(V)) - 1, w);
     v += popcount(k);
     room -= popcount(k);
     m >>= kLanes % 64;
@@ -583,53 +589,77 @@ void fill_strip(const Packed& p, const Dense& w, int64_t s) {
 }
 
 // --- Unpacking ------------------------------------------------------------------------------------------------------
-// One sub-tile as [8][8] in memory.
-inline void expand_sub_tile(uint64_t m, const float* v, float* out) {
-  Float32Math::decode(m, v, [&](auto g, __m512 w) { _mm512_store_ps(out + g.value * 16, w); });
+// One sub-tile, row by row: f(row, its 8 weights).
+template <class F>
+void expand_rows(uint64_t m, const float* v, const F& f) {
+  Float32Math::decode(m, v, [&](auto g, __m512 w) {
+    f(g.value * 2, _mm512_castps512_ps256(w));
+    f(g.value * 2 + 1, _mm512_extractf32x8_ps(w, 1));
+  });
 }
-template <class V>
-inline void expand_sub_tile16(uint64_t m, const V* v, V* out) {
-  _mm512_store_si512(out, expand16(static_cast<__mmask32>(m), load(v)));
-  _mm512_store_si512(out + 32, expand16(static_cast<__mmask32>(m >> 32), load(v + popcount(m & 0xffffffff))));
+template <class V, class F>
+void expand_rows16(uint64_t m, const V* v, const F& f) {
+  const __m512i half[] = {expand16(static_cast<__mmask32>(m), load(v)),
+                          expand16(static_cast<__mmask32>(m >> 32), load(v + popcount(m & 0xffffffff)))};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    f(4 * i, _mm512_castsi512_si128(half[i]));
+    f(4 * i + 1, _mm512_extracti32x4_epi32(half[i], 1));
+    f(4 * i + 2, _mm512_extracti32x4_epi32(half[i], 2));
+    f(4 * i + 3, _mm512_extracti32x4_epi32(half[i], 3));
+  }
 }
-inline void expand_sub_tile(uint64_t m, const Half* v, Half* out) { expand_sub_tile16(m, v, out); }
-inline void expand_sub_tile(uint64_t m, const BFloat16* v, BFloat16* out) { expand_sub_tile16(m, v, out); }
-inline void expand_sub_tile(uint64_t m, const int8_t* v, int8_t* out) { _mm512_store_si512(out, expand8(m, load(v))); }
+template <class F>
+void expand_rows(uint64_t m, const Half* v, const F& f) {
+  expand_rows16(m, v, f);
+}
+template <class F>
+void expand_rows(uint64_t m, const BFloat16* v, const F& f) {
+  expand_rows16(m, v, f);
+}
+template <class F>
+void expand_rows(uint64_t m, const int8_t* v, const F& f) {
+  alignas(64) int64_t rows[kSub];
+  _mm512_store_si512(rows, expand8(m, load(v)));
+#pragma GCC unroll 8
+  for (int r = 0; r < kSub; ++r) f(r, rows[r]);
+}
+
+// A sub-tile times the scales of its rows.
+template <class V, class Out>
+void scale_sub_tile(uint64_t m, const V* v, const float* scale, int64_t rows, Out* out, int64_t stride, int64_t cols) {
+  alignas(64) float block[kSub * kSub];
+  Float32Math::decode(m, v, [&](auto g, __m512 w) { _mm512_store_ps(block + g.value * 16, w); });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) from_float(block[r * kSub + c] * scale[r], &out[r * stride + c]);
+}
 
 template <class V, class Out>
 bool unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
-  const int64_t row = s * kStripRows;
+  const int64_t stride = p.shape.cols;
   for (int64_t t = 0; t < p.shape.tiles(); ++t) {
     const Tile tile = tile_at(p, s, t);
     if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
     const V* const first = static_cast<const V*>(p.values) + tile.begin;
     const V* v = first;
     for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
-      const int64_t top = row + i % kStripSubs * kSub, col = (tile.sub_col + i / kStripSubs) * kSub;
+      const int64_t row = s * kStripRows + i % kStripSubs * kSub, col = (tile.sub_col + i / kStripSubs) * kSub;
+      const int64_t rows = p.shape.rows - row, cols = p.shape.cols - col;  // still to come
       const uint64_t m = tile.words[i];
-      alignas(64) Out block[kSub * kSub];
-      if constexpr (std::is_same_v<V, Out>) expand_sub_tile(m, v, block);
+      Out* to = out + row * stride + col;
       if constexpr (!std::is_same_v<Out, int8_t>)
-        if (scale) {
-          const V* from = v;
-          Float32Math::decode(m, from, [&](auto g, __m512 w) {
-            alignas(64) float wide[16];
-            _mm512_store_ps(wide, w);
-            for (int j = 0; j < 16; ++j) {
-              const int64_t r = top + g.value * 2 + j / kSub;
-              from_float(wide[j] * (r < p.shape.rows ? scale[r] : 0), &block[g.value * 16 + j]);
-            }
-          });
+        if (scale)
+          scale_sub_tile(m, v, scale + row, rows < kSub ? rows : kSub, to, stride, cols < kSub ? cols : kSub);
+      if constexpr (std::is_same_v<V, Out>)
+        if (!scale) {
+          if (rows >= kSub && cols >= kSub)
+            expand_rows(m, v, [&](int r, auto w) { std::memcpy(to + r * stride, &w, sizeof(w)); });
+          else
+            expand_rows(m, v, [&](int r, auto w) {
+              if (r < rows && cols > 0) std::memcpy(to + r * stride, &w, (cols < kSub ? cols : kSub) * sizeof(V));
+            });
         }
       v += popcount(m);
-      const int64_t rows = p.shape.rows - top < kSub ? p.shape.rows - top : kSub;
-      Out* to = out + top * p.shape.cols + col;
-      if (col + kSub <= p.shape.cols) {
-        for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * p.shape.cols, block + r * kSub, kSub * sizeof(Out));
-      } else {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t c = 0; col + c < p.shape.cols; ++c) to[r * p.shape.cols + c] = block[r * kSub + c];
-      }
     }
     if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
   }
