@@ -10,10 +10,14 @@ namespace {
 inline Type type_of(const char* op, const char* arg, const Tensor& t) {
   check::dtype(op, arg, t, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char});
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::BFloat16: return Type::bf16;
-    default: return Type::i8;
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::Half:
+      return Type::f16;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    default:
+      return Type::i8;
   }
 }
 
@@ -120,8 +124,9 @@ inline Tensor check_pack(const Tensor& w, std::optional<ScalarType> dtype) {
   type_of(op, "w", w);
   check::shape(op, "w", w, {check::kAny, check::kAny});
   if (!dtype || *dtype == w.scalar_type()) return w;
-  const bool float_to_float = w.scalar_type() != ScalarType::Char &&
-                              (*dtype == ScalarType::Float || *dtype == ScalarType::Half || *dtype == ScalarType::BFloat16);
+  const bool float_to_float =
+      w.scalar_type() != ScalarType::Char &&
+      (*dtype == ScalarType::Float || *dtype == ScalarType::Half || *dtype == ScalarType::BFloat16);
   EFFK_CHECK(float_to_float, op, "dtype is ", check::str(*dtype), " for w of ", check::str(w.scalar_type()),
              "; wanted float32, float16 or bfloat16 for w of such a type (quantize to int8 before packing)");
   return torch::stable::to(w, *dtype);

@@ -36,8 +36,8 @@ void for_strips(const char* op, const Shape& shape, int64_t work, const F& f) {
 void check_ends(const char* op, const Packed& p) {
   const int64_t end = p.num_values - kValuePad;
   EFFK_CHECK(p.offsets[0] == 0 && p.offsets[p.shape.offsets() - 1] == end, op,
-             "the packed tensors are corrupt: offsets go from ", p.offsets[0], " to ",
-             p.offsets[p.shape.offsets() - 1], "; wanted 0 to ", end, " (values less ", kValuePad, " of padding)");
+             "the packed tensors are corrupt: offsets go from ", p.offsets[0], " to ", p.offsets[p.shape.offsets() - 1],
+             "; wanted 0 to ", end, " (values less ", kValuePad, " of padding)");
 }
 
 std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarType> dtype) {
@@ -52,9 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   auto* words = static_cast<uint64_t*>(bitmap.mutable_data_ptr());
   auto* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
   ends[0] = 0;
-  for_strips("lscd_pack", shape, work, [&](int64_t s0, int64_t s1, Status*) {
-    cpu().count(shape, type, dense, words, ends + 1, s0, s1);
-  });
+  for_strips("lscd_pack", shape, work,
+             [&](int64_t s0, int64_t s1, Status*) { cpu().count(shape, type, dense, words, ends + 1, s0, s1); });
   for (int64_t i = 1; i < shape.offsets(); ++i) ends[i] = ends[i - 1] + align_values(ends[i]);
 
   const int64_t num_values = ends[shape.offsets() - 1] + kValuePad;
@@ -63,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   ask_for_huge_pages(bytes, num_values * type_size(type));
   std::fill_n(bytes + (num_values - kValuePad) * type_size(type), kValuePad * type_size(type), 0);
   const Packed packed{shape, type, bytes, num_values, words, ends};
-  for_strips("lscd_pack", shape, work,
-             [&](int64_t s0, int64_t s1, Status*) { cpu().fill(packed, dense, s0, s1); });
+  for_strips("lscd_pack", shape, work, [&](int64_t s0, int64_t s1, Status*) { cpu().fill(packed, dense, s0, s1); });
   return {values, bitmap, offsets};
 }
 
@@ -89,8 +87,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const
   Linear& args = call.args;
   check_ends("lscd_linear", args.w);
   const Cpu& kernels = cpu();
-  Tensor prepared =
-      torch::stable::new_empty(x, {kernels.prepared_bytes(args) + 64}, ScalarType::Byte);
+  Tensor prepared = torch::stable::new_empty(x, {kernels.prepared_bytes(args) + 64}, ScalarType::Byte);
   args.prepared = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(prepared.mutable_data_ptr()) + 63) / 64 * 64);
   torch::stable::parallel_for(0, args.tokens, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, cols)),
                               [&](int64_t t0, int64_t t1) { kernels.prepare(args, t0, t1); });

@@ -7,7 +7,8 @@ enum class CpuLevel : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 // The best level that this machine and its operating system support.
 //   avx2:   AVX2, FMA, F16C, BMI1, BMI2, POPCNT
-//   avx512: avx2 and AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16, VPOPCNTDQ, BITALG (Zen 4, Sapphire Rapids and later)
+//   avx512: avx2 and AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16, VPOPCNTDQ, BITALG (Zen 4, Sapphire Rapids and
+//   later)
 CpuLevel supported_cpu_level();
 
 // The level in force: EFFK_CPU_LEVEL or set_cpu_level(), else the best.

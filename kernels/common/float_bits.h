@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace effk {
 namespace {
 
@@ -15,22 +17,22 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float f) {
+EFFK_HD uint32_t bits_of(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
 }
 
-inline float float_of(uint32_t u) {
+EFFK_HD float float_of(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
 
-inline float to_float(float f) { return f; }
-inline float to_float(int8_t i) { return i; }
-inline float to_float(BFloat16 b) { return float_of(static_cast<uint32_t>(b.bits) << 16); }
-inline float to_float(Half h) {
+EFFK_HD float to_float(float f) { return f; }
+EFFK_HD float to_float(int8_t i) { return i; }
+EFFK_HD float to_float(BFloat16 b) { return float_of(static_cast<uint32_t>(b.bits) << 16); }
+EFFK_HD float to_float(Half h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, exponent = h.bits >> 10 & 31, m = h.bits & 0x3ff;
   if (exponent == 31) return float_of(sign | 0x7f800000 | m << 13);
   if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | m << 13);
@@ -38,15 +40,15 @@ inline float to_float(Half h) {
   return float_of(sign | bits_of(tiny));
 }
 
-inline void from_float(float f, float* out) { *out = f; }
-inline void from_float(float f, BFloat16* out) {
+EFFK_HD void from_float(float f, float* out) { *out = f; }
+EFFK_HD void from_float(float f, BFloat16* out) {
   const uint32_t u = bits_of(f);
   if ((u & 0x7fffffff) > 0x7f800000)
     out->bits = static_cast<uint16_t>(u >> 16 | 0x40);  // NaN stays NaN
   else
     out->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
-inline void from_float(float f, Half* out) {
+EFFK_HD void from_float(float f, Half* out) {
   const uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
   uint32_t h;
   if (a > 0x7f800000) {

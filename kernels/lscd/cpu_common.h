@@ -34,27 +34,35 @@ struct TypeOf<Type::i8> {
 template <class F>
 inline void with_type(Type t, const F& f) {
   switch (t) {
-    case Type::f32: return f(static_cast<float*>(nullptr));
-    case Type::f16: return f(static_cast<Half*>(nullptr));
-    case Type::bf16: return f(static_cast<BFloat16*>(nullptr));
-    case Type::i8: return f(static_cast<int8_t*>(nullptr));
+    case Type::f32:
+      return f(static_cast<float*>(nullptr));
+    case Type::f16:
+      return f(static_cast<Half*>(nullptr));
+    case Type::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case Type::i8:
+      return f(static_cast<int8_t*>(nullptr));
   }
 }
 
 // Tile t of strip s, as read from untrusted memory.
 struct Tile {
-  int64_t index;        // into offsets
-  int64_t sub_col;      // first column of sub-tiles
+  int64_t index;    // into offsets
+  int64_t sub_col;  // first column of sub-tiles
   int64_t sub_cols;
   const uint64_t* words;
-  int64_t begin, end;   // of its values
+  int64_t begin, end;  // of its values
 };
 
 inline Tile tile_at(const Packed& p, int64_t s, int64_t t) {
   const int64_t sub_cols = p.shape.sub_cols(), first = t * kTileSubCols, rest = sub_cols - first;
   const int64_t index = s * p.shape.tiles() + t;
-  return {index, first, rest < kTileSubCols ? rest : kTileSubCols, p.bitmap + (s * sub_cols + first) * kStripSubs,
-          p.offsets[index], p.offsets[index + 1]};
+  return {index,
+          first,
+          rest < kTileSubCols ? rest : kTileSubCols,
+          p.bitmap + (s * sub_cols + first) * kStripSubs,
+          p.offsets[index],
+          p.offsets[index + 1]};
 }
 
 // Whether reading a tile's values, however many bits its words have, stays inside of `values`. The kernels count
@@ -91,12 +99,16 @@ inline bool strip_inside(const Packed& p, int64_t s) {
 
 inline float activate(float v, Activation a) {
   switch (a) {
-    case Activation::none: return v;
-    case Activation::relu: return v < 0 ? 0 : v;  // NaN stays
-    case Activation::gelu: return 0.5f * v * (1 + std::erf(v * 0.70710678118654752f));
+    case Activation::none:
+      return v;
+    case Activation::relu:
+      return v < 0 ? 0 : v;  // NaN stays
+    case Activation::gelu:
+      return 0.5f * v * (1 + std::erf(v * 0.70710678118654752f));
     case Activation::gelu_tanh:
       return 0.5f * v * (1 + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case Activation::silu: return v / (1 + std::exp(-v));
+    case Activation::silu:
+      return v / (1 + std::exp(-v));
   }
   return v;
 }

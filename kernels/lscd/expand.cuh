@@ -4,10 +4,11 @@
 // in chunks of 512 bytes, into a ring in shared memory. Chunks know nothing of tiles: the ring is full at every
 // sparsity, and a dense tile (0% sparsity) needs no larger one.
 //
-// Per step of 16 x 32 weights (8 words) lane 4g + t expands row g of the four upper sub-tiles' t-th, and the same
-// row of the lower one: 8 consecutive bits of a word, so 8 consecutive columns, whose values are consecutive too.
-// One popcount finds the first of them. As the columns of W and x may be renamed alike, these 8 columns serve as the
-// columns 2t, 2t+1, 2t+8 and 2t+9 of two m16n8k16 products, and x is loaded 16 bytes at a time, without a shuffle.
+// A step is 16 x 32 weights, two rows of four sub-tiles. With g = lane / 4 and t = lane % 4, a lane expands row g of
+// the t-th upper sub-tile and of the one below: 8 consecutive bits of a word each, so 8 consecutive columns, whose
+// values are consecutive too, and one popcount finds the first of them. As the columns of W and x may be renamed
+// alike, these 8 serve as columns 2t, 2t+1, 2t+8 and 2t+9 of two m16n8k16 products, and a lane loads its 8 columns
+// of x, contiguous, at once.
 #pragma once
 
 #include "../common/device.cuh"
@@ -17,7 +18,6 @@ namespace effk::lscd {
 
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kWarps * gpu::kWarp;
-constexpr int kBlocksPerSm = 2;  // what registers and shared memory are budgeted for
 
 constexpr int kStepSubCols = 4;
 constexpr int kStepCols = kStepSubCols * kSub;
@@ -139,8 +139,7 @@ EFFK_DEVICE void for_each_step(const Packed& p, int64_t strip, int64_t t0, int64
   const uint64_t* words = p.bitmap + (strip * sub_cols + t0 * kTileSubCols + lane) * kStripSubs;
   const auto load_words = [&](int64_t tile) {
     uint4 w{0, 0, 0, 0};
-    if (tile < t1 && tile * kTileSubCols + lane < sub_cols)
-      w = gpu::load_once(words + (tile - t0) * kTileWords);
+    if (tile < t1 && tile * kTileSubCols + lane < sub_cols) w = gpu::load_once(words + (tile - t0) * kTileWords);
     return w;
   };
   uint4 next = load_words(t0);
@@ -164,8 +163,8 @@ EFFK_DEVICE void for_each_step(const Packed& p, int64_t strip, int64_t t0, int64
     const int tile_values = align_values(gpu::shuffle(before + ones, gpu::kWarp - 1));
 
     const int64_t rest = sub_cols - tile * kTileSubCols;
-    const int tile_steps = rest < kTileSubCols ? (static_cast<int>(rest) + kStepSubCols - 1) / kStepSubCols
-                                               : kTileSubCols / kStepSubCols;
+    const int tile_steps =
+        rest < kTileSubCols ? (static_cast<int>(rest) + kStepSubCols - 1) / kStepSubCols : kTileSubCols / kStepSubCols;
     int group_begin = 0;  // values of the tile before the group
     for (int step0 = 0; step0 < tile_steps; step0 += kGroupSteps<V>) {
       const int step1 = step0 + kGroupSteps<V>;

@@ -10,15 +10,15 @@ namespace effk::lscd {
 // Weights [rows, cols] are cut into 8x8 sub-tiles; bit 8*r + c of a sub-tile's word says that weight
 // (r, c) of it is stored. A strip is 16 rows: two sub-tiles high. Its words are stored column by column,
 // upper sub-tile first, so that four consecutive words are one 16x16 operand of mma.m16n8k16.
-constexpr int kSub = 8;            // side of a sub-tile
-constexpr int kStripRows = 16;     // rows of a strip
-constexpr int kStripSubs = 2;      // sub-tiles from top to bottom of a strip
-constexpr int kTileSubCols = 32;   // columns of sub-tiles in a tile: 16 x 256 weights share an offset
+constexpr int kSub = 8;           // side of a sub-tile
+constexpr int kStripRows = 16;    // rows of a strip
+constexpr int kStripSubs = 2;     // sub-tiles from top to bottom of a strip
+constexpr int kTileSubCols = 32;  // columns of sub-tiles in a tile: 16 x 256 weights share an offset
 constexpr int kTileCols = kTileSubCols * kSub;
 constexpr int kTileWords = kTileSubCols * kStripSubs;
 constexpr int kTileWeights = kStripRows * kTileCols;
-constexpr int kValueAlign = 16;    // a tile's values start at a multiple of this many values
-constexpr int kValuePad = 64;      // values has this many entries after the last tile, so that readers may overrun
+constexpr int kValueAlign = 16;  // a tile's values start at a multiple of this many values
+constexpr int kValuePad = 64;    // values has this many entries after the last tile, so that readers may overrun
 
 struct Shape {
   int64_t rows, cols;

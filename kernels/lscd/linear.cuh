@@ -1,12 +1,12 @@
 // lscd_linear on CUDA for few tokens: y = activation(scale * (x W^T) + bias).
 //
-// What limits it. Bytes: W is read once, values.numel() * itemsize + rows * cols / 8 of them; at 16 bits 1.125, 0.725
-// and 0.325 bytes a weight at 50, 70 and 90% sparsity against 2 for a dense one, so at most 1.8, 2.8 and 6.2 times
-// dense. x is small, but each warp reads its columns of x from L1 or L2: 512 bytes a token and tile, as much as W at 8
-// tokens and 70%; warps of a block that work on different strips share it in L1, those that share a strip don't.
-// Instructions: expanding 256 weights is about 45 instructions and as many cycles of shared memory (8 loads of a value
-// a lane), which on a GPU with 30 bytes a cycle and multiprocessor caps the gain at about 2.5 times. Tensor cores
-// are idle most of the time. None of these figures has been measured.
+// What limits it, by count; nothing of it has been measured. Bytes: W is read once, which at 16 bits is 1.125, 0.725
+// and 0.325 bytes a weight at 50, 70 and 90% sparsity, against 2 of a dense one: at most 1.8, 2.8 and 6.2 times dense.
+// x comes from L1 or L2, 512 bytes a token and tile: at 8 tokens and 70% as much as W, but warps of a block that work
+// on different strips share it in L1. Instructions: 256 weights take a warp about 50 up to 8 tokens (sm_90's machine
+// code), and 9 loads from shared memory, 4 cycles each; on an H200 that is 4.7e12 weights a second, about twice what
+// dense weights could come from its memory at. So bytes are the limit up to some 60%, instructions beyond.
+// Tensor cores idle.
 #pragma once
 
 #include <cmath>
@@ -67,6 +67,9 @@ class XLane {
   uint32_t col_, cols_;
 };
 
+// What shared memory (two on sm_80, sm_90 and sm_100) and registers allow.
+constexpr int blocks_per_sm(bool is_float, int pass_tokens) { return pass_tokens <= (is_float ? 1 : 32) ? 2 : 1; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline LinearPlan plan_linear(const Linear& a, int num_sms) {
@@ -81,7 +84,8 @@ inline LinearPlan plan_linear(const Linear& a, int num_sms) {
                 reinterpret_cast<uintptr_t>(a.x) % 16 != 0;
 
   // Time in tiles: those of a warp and one to start, for each wave of blocks, and four for a second kernel.
-  const int64_t strips = a.w.shape.strips(), tiles = a.w.shape.tiles(), at_once = int64_t{kBlocksPerSm} * num_sms;
+  const int64_t strips = a.w.shape.strips(), tiles = a.w.shape.tiles(),
+                at_once = int64_t{num_sms} * blocks_per_sm(is_float, plan.pass_tokens);
   int64_t best = INT64_MAX;
   for (int splits = 1; splits <= 16; splits *= 2) {
     for (int strip_warps = 1; strip_warps <= kWarps; strip_warps *= 2) {
@@ -110,11 +114,16 @@ inline int64_t linear_workspace(const Linear& a, const LinearPlan& plan) {
 
 EFFK_DEVICE float activate(float v, Activation a) {
   switch (a) {
-    case Activation::none: return v;
-    case Activation::relu: return v < 0 ? 0 : v;  // NaN stays
-    case Activation::gelu: return 0.5f * v * (1 + erff(v * 0.70710678118654752f));
-    case Activation::gelu_tanh: return 0.5f * v * (1 + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case Activation::silu: return v / (1 + expf(-v));
+    case Activation::none:
+      return v;
+    case Activation::relu:
+      return v < 0 ? 0 : v;  // NaN stays
+    case Activation::gelu:
+      return 0.5f * v * (1 + erff(v * 0.70710678118654752f));
+    case Activation::gelu_tanh:
+      return 0.5f * v * (1 + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case Activation::silu:
+      return v / (1 + expf(-v));
   }
   return v;
 }
@@ -238,7 +247,7 @@ struct SumsOf<V, float, kTokens> {
 
 // Blocks are (strips, split, pass).
 template <class V, class X, int kTokens>
-EFFK_KERNEL(kThreads, kBlocksPerSm)
+EFFK_KERNEL(kThreads, blocks_per_sm(sizeof(X) == 4, kTokens))
 linear_kernel(Linear a, XView x, int strip_warps, int splits, float* split_sums) {
   constexpr int kSums = kTokens * kStripRows;
   static_assert(kSums * sizeof(float) <= kRingBytes);
@@ -296,7 +305,8 @@ copy_x_kernel(Linear a, int64_t padded) {
 
 inline dim3 grid_of(int64_t across, int64_t tokens) {
   constexpr int64_t kMostY = 65535;
-  return dim3(static_cast<unsigned>(ceil_div(across, kThreads)), static_cast<unsigned>(tokens < kMostY ? tokens : kMostY));
+  return dim3(static_cast<unsigned>(ceil_div(across, kThreads)),
+              static_cast<unsigned>(tokens < kMostY ? tokens : kMostY));
 }
 
 // y = activation(scale * sum over splits of sums + bias), sums float32 [splits, tokens, rows]; splits may be 0.
@@ -312,17 +322,23 @@ using LinearKernel = void (*)(Linear, XView, int, int, float*);
 
 template <class V, class X>
 LinearKernel linear_kernel_of(int pass_tokens) {
-  if constexpr (sizeof(X) == 4) return pass_tokens == 1 ? linear_kernel<V, X, 1> : linear_kernel<V, X, 8>;
+  if constexpr (sizeof(X) == 4)
+    return pass_tokens == 1 ? linear_kernel<V, X, 1> : linear_kernel<V, X, 8>;
   else
     switch (pass_tokens) {
-      case 8: return linear_kernel<V, X, 8>;
-      case 16: return linear_kernel<V, X, 16>;
-      case 32: return linear_kernel<V, X, 32>;
-      default: return linear_kernel<V, X, 64>;
+      case 8:
+        return linear_kernel<V, X, 8>;
+      case 16:
+        return linear_kernel<V, X, 16>;
+      case 32:
+        return linear_kernel<V, X, 32>;
+      default:
+        return linear_kernel<V, X, 64>;
     }
 }
 
-// The type of a.w is that of x, or i8. a.prepared has linear_workspace() bytes. cols > 0.
+// The type of a.w is that of x, or i8. a.prepared has linear_workspace() bytes. cols > 0, and few tokens: the passes
+// are a dimension of the grid.
 inline gpu::Error launch_linear(const Linear& a, const LinearPlan& plan, gpu::Stream stream) {
   if (a.tokens == 0 || a.w.shape.rows == 0) return nullptr;
   XView x{a.x, a.x_token_stride, static_cast<uint32_t>(a.w.shape.cols), a.tokens};
@@ -337,14 +353,19 @@ inline gpu::Error launch_linear(const Linear& a, const LinearPlan& plan, gpu::St
   const bool i8 = a.w.type == Type::i8;
   LinearKernel kernel;
   switch (a.x_type) {
-    case Type::f32: kernel = (i8 ? linear_kernel_of<int8_t, float> : linear_kernel_of<float, float>)(plan.pass_tokens); break;
-    case Type::f16: kernel = (i8 ? linear_kernel_of<int8_t, Half> : linear_kernel_of<Half, Half>)(plan.pass_tokens); break;
-    default: kernel = (i8 ? linear_kernel_of<int8_t, BFloat16> : linear_kernel_of<BFloat16, BFloat16>)(plan.pass_tokens);
+    case Type::f32:
+      kernel = (i8 ? linear_kernel_of<int8_t, float> : linear_kernel_of<float, float>)(plan.pass_tokens);
+      break;
+    case Type::f16:
+      kernel = (i8 ? linear_kernel_of<int8_t, Half> : linear_kernel_of<Half, Half>)(plan.pass_tokens);
+      break;
+    default:
+      kernel = (i8 ? linear_kernel_of<int8_t, BFloat16> : linear_kernel_of<BFloat16, BFloat16>)(plan.pass_tokens);
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(a.w.shape.strips(), plan.block_strips())),
                   static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.passes));
-  const gpu::Error e = gpu::launch(kernel, grid, kThreads, kWarps * kWarpBytes, stream, a, x, plan.strip_warps,
-                                   plan.splits, split_sums);
+  const gpu::Error e =
+      gpu::launch(kernel, grid, kThreads, kWarps * kWarpBytes, stream, a, x, plan.strip_warps, plan.splits, split_sums);
   return e || plan.splits == 1 ? e : launch_finish(a, split_sums, plan.splits, stream);
 }
 

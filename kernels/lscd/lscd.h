@@ -37,7 +37,7 @@ struct Linear {
   int64_t tokens;
   const void* x;
   int64_t x_token_stride, x_col_stride;
-  void* y;  // [tokens, rows], contiguous, of x_type
+  void* y;             // [tokens, rows], contiguous, of x_type
   const void* bias;    // [rows] of x_type, or null
   const float* scale;  // [rows], or null
   Activation activation;

@@ -81,9 +81,7 @@ struct Row<Half> : Row16<Half> {
 };
 template <>
 struct Row<BFloat16> : Row16<BFloat16> {
-  static __m256 floats(Register w) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16));
-  }
+  static __m256 floats(Register w) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(w), 16)); }
 };
 
 template <>
@@ -149,9 +147,8 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
         const uint64_t upper = tile.words[2 * c], lower = tile.words[2 * c + 1];
         const __m256 inputs = _mm256_loadu_ps(x + (tile.sub_col + c) * kSub);
         if (h == 1) v += popcount(upper);
-        expand_rows(h == 0 ? upper : lower, v, [&](int r, auto w) {
-          acc[r] = _mm256_fmadd_ps(Row<V>::floats(w), inputs, acc[r]);
-        });
+        expand_rows(h == 0 ? upper : lower, v,
+                    [&](int r, auto w) { acc[r] = _mm256_fmadd_ps(Row<V>::floats(w), inputs, acc[r]); });
         if (h == 0) v += popcount(lower);
       }
       if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
@@ -218,9 +215,14 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s, Panel& work, Status
         const float* weights = work.weights[quarter][0][0];
         float* sums = work.sums[n][quarter * 4];
         switch (tokens - n) {
-          case 1: multiply_panel<1>(weights, tile.sub_cols, x, padded, t == 0, sums); break;
-          case 2: multiply_panel<2>(weights, tile.sub_cols, x, padded, t == 0, sums); break;
-          default: multiply_panel<3>(weights, tile.sub_cols, x, padded, t == 0, sums);
+          case 1:
+            multiply_panel<1>(weights, tile.sub_cols, x, padded, t == 0, sums);
+            break;
+          case 2:
+            multiply_panel<2>(weights, tile.sub_cols, x, padded, t == 0, sums);
+            break;
+          default:
+            multiply_panel<3>(weights, tile.sub_cols, x, padded, t == 0, sums);
         }
       }
     }
@@ -366,10 +368,8 @@ constexpr Cpu kTable = {
           });
         },
     .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
-    .prepare =
-        [](const Linear& a, int64_t t0, int64_t t1) {
-          with_type(a.x_type, [&]<class X>(X*) { prepare<X>(a, t0, t1); });
-        },
+    .prepare = [](const Linear& a, int64_t t0,
+                  int64_t t1) { with_type(a.x_type, [&]<class X>(X*) { prepare<X>(a, t0, t1); }); },
     .linear =
         [](const Linear& a, int64_t s0, int64_t s1, Status* status) {
           with_type(a.x_type, [&]<class X>(X*) {

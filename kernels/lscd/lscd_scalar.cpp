@@ -77,8 +77,7 @@ void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Stat
       const int64_t row = s * kStripRows + h * kSub + i / kSub, col = c * kSub + i % kSub;
       if (row >= p.shape.rows || col >= p.shape.cols) continue;
       Out& to = out[row * p.shape.cols + col];
-      if constexpr (std::is_same_v<V, Out>)
-        to = block[i];
+      if constexpr (std::is_same_v<V, Out>) to = block[i];
       if constexpr (!std::is_same_v<Out, int8_t>)
         if (scale) from_float(to_float(block[i]) * scale[row], &to);
     }

@@ -25,9 +25,9 @@ TILE_SUB_COLS = tl.constexpr(reference.TILE_SUB_COLS)
 TILE_COLS = tl.constexpr(reference.TILE_SUB_COLS * reference.SUB)
 TILE_BYTES = tl.constexpr(reference.TILE_SUB_COLS * reference.STRIP_ROWS)  # of the bitmap: one for eight weights
 
-# Up to here tokens share the expansion of the weight with at most one more block of tokens. For more, reading and
-# writing the dense weight once costs less than expanding it again and again.
-FUSED_TOKENS = 128
+# Each block of tokens expands the weight for itself. With more tokens than this, it costs less to expand it once,
+# write it to memory and have it multiplied as a dense one.
+FUSED_TOKENS = 64
 BLOCKS_PER_MULTIPROCESSOR = 4  # that splitting K aims at
 
 
@@ -264,32 +264,24 @@ def unpacked_dtype(values: torch.dtype, has_scale: bool) -> torch.dtype:
     return torch.float32 if has_scale and values == torch.int8 else values
 
 
-# Tokens, strips and columns of a step, warps. float32 multiplies without tensor cores and takes twice the room.
-TILES = {
-    torch.float32: ((16, 2, 128, 4), (32, 2, 128, 4)),
-    torch.float16: ((16, 2, 256, 4), (32, 4, 256, 8), (64, 4, 256, 8)),
-    torch.bfloat16: ((16, 2, 256, 4), (32, 4, 256, 8), (64, 4, 256, 8)),
-}
+# A block's share. More spills registers; float32 multiplies without tensor cores and takes twice the room.
+TOKENS = (16, 32)
+STRIPS = {torch.float32: 2, torch.float16: 4, torch.bfloat16: 4}
 PACKED = {"bitmap": torch.uint8, "offsets": torch.int64}
 MULTIPLY = {
     (x, values): [
         Variant(
             multiply,
             {"x": x, "partial": torch.float32, "values": values, **PACKED},
-            {"TOKENS": tokens, "STRIPS": strips, "COLS": cols},
-            num_warps=num_warps,
+            {"TOKENS": tokens, "STRIPS": STRIPS[x], "COLS": 128},
         )
-        for tokens, strips, cols, num_warps in TILES[x]
+        for tokens in TOKENS
     ]
     for x in FLOATS
     for values in (x, torch.int8)
 }
 FINISH = {
-    y: Variant(
-        finish,
-        {"y": y, "partial": torch.float32, "bias": y, "scale": torch.float32},
-        {"BLOCK": 512},
-    )
+    y: Variant(finish, {"y": y, "partial": torch.float32, "bias": y, "scale": torch.float32}, {"BLOCK": 512})
     for y in FLOATS
 }
 UNPACK = {
@@ -309,8 +301,8 @@ PACK_VALUES = {w: Variant(pack_values, {"w": w, "values": w, **PACKED}) for w in
 
 def variants() -> Iterator[Variant]:
     """All that the functions below can launch."""
-    for tiles in MULTIPLY.values():
-        yield from tiles
+    for sizes in MULTIPLY.values():
+        yield from sizes
     for table in (FINISH, UNPACK, PACK_BITMAP, PACK_VALUES):
         yield from table.values()
 
@@ -402,9 +394,9 @@ def multiply_fused(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, r
     blocks = triton.cdiv(strips, variant.constants["STRIPS"]), triton.cdiv(tokens, variant.constants["TOKENS"])
 
     # K is split for the blocks to fill the device, and into whole tiles, since only those have offsets.
-    splits = min(tiles, triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * multiprocessors(x.device), math.prod(blocks)))
-    tiles_per_split = triton.cdiv(tiles, splits) if splits else 0
-    splits = triton.cdiv(tiles, tiles_per_split) if splits else 0
+    splits = triton.cdiv(BLOCKS_PER_MULTIPROCESSOR * multiprocessors(x.device), math.prod(blocks))
+    tiles_per_split = max(1, triton.cdiv(tiles, splits))
+    splits = triton.cdiv(tiles, tiles_per_split)
     partial = x.new_empty((splits, tokens, rows), dtype=torch.float32)
     if splits:
         x = whole_vectors(x)

@@ -1,0 +1,46 @@
+// What the CUDA sides of all families need of torch: the current stream, beyond the stable ABI of libtorch_cpu.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "check.h"
+
+namespace effk::cuda {
+
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+
+// A function of libtorch_cuda, which is loaded when a CUDA tensor exists. It can't be linked to: libraries that name
+// its symbols don't load with a CPU-only torch.
+template <class F>
+F* torch_function(const char* name) {
+  void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* const function = library ? dlsym(library, name) : nullptr;
+  STD_TORCH_CHECK(function, "effk: ", name, " was not found in libtorch_cuda.so");
+  return reinterpret_cast<F*>(function);
+}
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  static auto* const get = torch_function<AOTITorchError(int32_t, void**)>("aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline int num_sms(const char* op, const Tensor& t) {
+  int n = 0;
+  const cudaError_t e = cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, t.get_device_index());
+  EFFK_CHECK(e == cudaSuccess, op, "CUDA: ", cudaGetErrorString(e));
+  return n;
+}
+
+// Of a launcher: null or what went wrong.
+inline void check(const char* op, const char* error) { EFFK_CHECK(!error, op, "CUDA: ", error); }
+
+// The tensor, or a copy of it where a view begins in between: kernels load 16 bytes at a time.
+inline Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+
+}  // namespace effk::cuda

@@ -1,0 +1,136 @@
+// Everything that device code may ask of the machine, in one file of thin wrappers: warps, barriers, asynchronous
+// copies, tensor cores, launches. Kernels use these and threadIdx, blockIdx, blockDim and gridDim, and no other
+// CUDA function, so that giving this file another meaning runs them elsewhere.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "float_bits.h"
+
+#define EFFK_DEVICE __device__ __forceinline__
+// At least `blocks` blocks of `threads` threads share a multiprocessor, which bounds the registers of a thread.
+#define EFFK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+
+namespace effk::gpu {
+
+constexpr int kWarp = 32;
+
+// --- Threads of a block ---
+
+EFFK_DEVICE void sync_block() { __syncthreads(); }
+// Also orders the memory accesses of the warp's threads.
+EFFK_DEVICE void sync_warp() { __syncwarp(); }
+
+EFFK_DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
+EFFK_DEVICE uint32_t shuffle_up(uint32_t v, int by) { return __shfl_up_sync(~0u, v, by); }
+EFFK_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+
+EFFK_DEVICE uint32_t popcount(uint32_t v) { return __popc(v); }
+
+// Dynamic shared memory, aligned to 16 bytes.
+EFFK_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char effk_shared[];
+  return effk_shared;
+}
+
+// An address in shared memory for take_shared().
+EFFK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// If `present` isn't 0, reads a V at the address into the low bits of v (an int8_t with its sign extended) and steps
+// over it. Two predicated instructions; in C++ it takes more.
+template <class V>
+EFFK_DEVICE void take_shared(uint32_t& v, uint32_t& address, uint32_t present) {
+#define EFFK_TAKE(type)                                                  \
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.shared." type \
+               " %0, [%1];\n"                                            \
+               "@p add.u32 %1, %1, %3;}"                                 \
+               : "+r"(v), "+r"(address)                                  \
+               : "r"(present), "n"(sizeof(V))                            \
+               : "memory")
+  if constexpr (sizeof(V) == 1)
+    EFFK_TAKE("s8");
+  else if constexpr (sizeof(V) == 2)
+    EFFK_TAKE("u16");
+  else
+    EFFK_TAKE("b32");
+#undef EFFK_TAKE
+}
+
+// --- Memory ---
+
+// 16 aligned bytes that nothing writes during the kernel, to be read again soon or only once.
+EFFK_DEVICE uint4 load_reused(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+EFFK_DEVICE uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+
+// Copies 16 aligned bytes from global to shared memory. A thread's copies up to async_commit() are a group, and
+// async_wait<N>() waits until all but its latest N groups are complete, and only for the thread's own copies.
+EFFK_DEVICE void async_copy(void* to_shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from)
+               : "memory");
+}
+EFFK_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+EFFK_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// --- Arithmetic ---
+
+// The low halves of two registers in one.
+EFFK_DEVICE uint32_t join_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); }
+
+// Two floats rounded to a register of two 16-bit floats, the first one in the low half.
+template <class X>
+EFFK_DEVICE uint32_t pack_pair(float low, float high) {
+  static_assert(sizeof(X) == 2);
+  uint32_t pair;
+  if constexpr (std::is_same_v<X, Half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// c += a b with a [16, 16], b [16, 8], c [16, 8]. With g = lane / 4 and t = lane % 4, a lane holds of
+//   a: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..), pairs of columns
+//   b: (2t.., g) (2t+8.., g), pairs of rows
+//   c: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
+template <class X>
+EFFK_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#define EFFK_MMA(type)                                                                \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<X, Half>)
+    EFFK_MMA("f16");
+  else
+    EFFK_MMA("bf16");
+#undef EFFK_MMA
+}
+
+// --- Host side ---
+
+using Stream = cudaStream_t;
+// What went wrong, or null.
+using Error = const char*;
+
+inline Error error_of(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
+
+template <class... Params, class... Args>
+Error launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Stream stream, const Args&... args) {
+  constexpr int kAlwaysAllowed = 48 << 10;
+  if (shared_bytes > kAlwaysAllowed) {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (e != cudaSuccess) return error_of(e);
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+  return error_of(cudaGetLastError());
+}
+
+inline Error zero(void* p, size_t bytes, Stream stream) { return error_of(cudaMemsetAsync(p, 0, bytes, stream)); }
+
+}  // namespace effk::gpu
