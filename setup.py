@@ -39,12 +39,14 @@ class CMakeBuild(build_ext):
         import torch
 
         output = ROOT / "python_api" / "lib" if self.inplace else Path(self.build_lib).resolve() / "effk" / "lib"
-        build = Path(self.build_temp).resolve()
+        # An editable install's own build folder would be a temporary one; this one makes rebuilds incremental.
+        build = ROOT / "build" / "inplace" if self.inplace else Path(self.build_temp).resolve()
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "EFFK_OUTPUT_DIR": output,
             "EFFK_TORCH_DIR": Path(torch.__file__).parent,
             "EFFK_CUDA": "ON" if wants_cuda() else "OFF",
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         }
         if wants_cuda():
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()

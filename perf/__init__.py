@@ -1,0 +1,1 @@
+"""effk's benchmarks: `python -m effk.perf`. One file a family; `harness` knows no family."""

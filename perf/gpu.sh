@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command under ten minutes: build, tests, benchmark, sanitizers.
+# Needs no network and installs nothing: torch with CUDA, nvcc, CMake, ninja and pytest have to be there.
+# A step that fails is reported and the later ones still run; the exit status is 0 only when all passed.
+#
+# OUT    where gpu.log, perf.json and report/ go, perf/out by default
+# LIMIT  seconds for all steps together, 570 by default
+#
+# Not yet run on a GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-perf/out}
+LIMIT=${LIMIT:-570}
+mkdir -p "$OUT" build
+exec > >(tee "$OUT/gpu.log") 2>&1
+
+failed=0
+summary=()
+
+# step NAME SECONDS COMMAND...
+# An interrupted benchmark writes what it has, so the time limit interrupts.
+step() {
+    local name=$1 seconds=$2 left=$((LIMIT - SECONDS)) start=$SECONDS status
+    shift 2
+    ((seconds > left)) && seconds=$left
+    if ((seconds < 5)); then
+        summary+=("$name: not run, no time left")
+        failed=1
+        return
+    fi
+    printf '\n== %s (at most %s s)\n' "$name" "$seconds"
+    timeout --signal=INT --kill-after=10 "$seconds" "$@"
+    status=$?
+    case $status in
+        0) summary+=("$name: passed in $((SECONDS - start)) s") ;;
+        124 | 137) summary+=("$name: FAILED, stopped after $seconds s") ;;
+        *) summary+=("$name: FAILED (exit status $status) after $((SECONDS - start)) s") ;;
+    esac
+    ((status == 0)) || failed=1
+}
+
+skip() { summary+=("$1: skipped, $2"); }
+
+# Only this GPU's architecture, with the features that no other has where there are such.
+arch=$(python3 -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}{'"'a' if major >= 9 else ''"'}-real")') || { echo "torch sees no GPU"; exit 1; }
+
+# The package's layout as links, in place of an installation.
+site=$PWD/build/gpu-site
+rm -rf "$site"
+mkdir -p "$site/effk" python_api/lib
+ln -s "$PWD"/python_api/* "$PWD/kernels" "$PWD/perf" "$site/effk/"
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+python3 -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
+
+build() {
+    cmake -S . -B build/gpu -G Ninja -DEFFK_CUDA=ON -DEFFK_OUTPUT_DIR="$PWD/python_api/lib" \
+        -DEFFK_CUDA_ARCHITECTURES="$1" && cmake --build build/gpu
+}
+export -f build
+
+# Small, ragged sizes on every type, for the sanitizers.
+cat >build/gpu-small.py <<'EOF'
+import torch
+
+import effk
+
+random = torch.Generator().manual_seed(0)
+for rows, cols in ((16, 256), (40, 520), (129, 1000)):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        mask = torch.rand(rows, cols, generator=random) > 0.6
+        w = torch.randint(-8, 9, (rows, cols), generator=random).to(dtype) * mask
+        packed = effk.lscd.pack(w.cuda())
+        assert torch.equal(effk.lscd.unpack(*packed, rows, cols).cpu(), w)
+        for tokens in (1, 7, 16, 70):
+            x = torch.randint(-4, 5, (tokens, cols), generator=random).to(dtype)
+            y = effk.lscd.linear(x.cuda(), *packed, rows, cols)
+            assert torch.equal(y.cpu(), (x.double() @ w.double().T).to(dtype)), (rows, cols, dtype, tokens)
+print("small run: right")
+EOF
+
+step build 240 bash -c "build $arch"
+step "what effk found" 30 python3 -m effk
+step "tests, cuda" 150 python3 -m pytest -q -m cuda
+step perf 240 python3 -m effk.perf --device cuda --no-progress --json "$OUT/perf.json" --report "$OUT/report"
+if command -v compute-sanitizer >/dev/null; then
+    # Without torch's caching allocator each tensor is an allocation, so that an access past its end is seen.
+    for tool in memcheck racecheck; do
+        step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 python3 build/gpu-small.py
+    done
+else
+    skip "memcheck, racecheck" "compute-sanitizer isn't here"
+fi
+step "tests, the rest" 120 python3 -m pytest -q -m "not cuda and not slow" --ignore=tests/packaging -p no:cacheprovider
+
+printf '\n== Summary (%s s)\n' "$SECONDS"
+printf '%s\n' "${summary[@]}"
+exit $failed

@@ -1,0 +1,126 @@
+"""The words a family's file is written in, and where such files are found."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .machine import Limits
+
+Call = Callable[[], Any]
+
+
+def nothing_missing(work: Work) -> str:
+    return ""
+
+
+def unchanged(result: Any) -> Any:
+    return result
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Other people's code for the same work.
+
+    Attributes:
+        name: short, with the type it computes in where that differs.
+        make: inputs -> the call to time; what it prepares before (layouts, copies) isn't timed.
+        note: which configuration this is, and what to know of it when comparing.
+        missing: work -> why the peer can't run there, or "".
+        view: brings the call's result into the shape of `Work.expected`; not timed.
+        graph: whether a CUDA graph can capture the call.
+    """
+
+    name: str
+    make: Callable[[Any], Call]
+    note: str
+    missing: Callable[[Work], str] = nothing_missing
+    view: Callable[[Any], Any] = unchanged
+    graph: bool = True
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A yardstick computed from what was measured: seconds(times by peer, work, limits), or None.
+
+    `of` names the peers that it is computed from: where one of them isn't wanted, neither is this.
+    """
+
+    name: str
+    of: Sequence[str]
+    seconds: Callable[[Mapping[str, float], Work, Limits], float | None]
+    note: str
+
+
+@dataclass
+class Work:
+    """A problem with its inputs.
+
+    Attributes:
+        inputs: whatever `arguments` and the peers' `make` take; copied deeply where copies rotate.
+        arguments: inputs -> positional and keyword arguments of effk's op.
+        check: (result, whether it's effk's) -> "" or what is wrong. A peer may round more often.
+        bytes: read and written at least, weights in their packed format.
+        flops: that the result needs at least; 0 where only moving counts.
+        dtype: of the arithmetic, which picks the machine's rate.
+        graph: whether a CUDA graph can capture effk's op.
+    """
+
+    inputs: Any
+    arguments: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+    check: Callable[[Any, bool], str]
+    bytes: int
+    flops: float
+    dtype: torch.dtype
+    graph: bool = True
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op at one size. `size` names it and is what goals are matched with; a quick problem is --quick's alone."""
+
+    op: str
+    size: Mapping[str, Any]
+    make: Callable[[Problem, torch.device], Work]
+    peers: Mapping[str, Sequence[Peer]]  # by type of device, as are derived
+    derived: Mapping[str, Sequence[Derived]]
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.op, *(f"{key}={value}" for key, value in self.size.items())])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """effk is wanted to be `ratio` times as fast as a peer, at problems whose size has these entries."""
+
+    op: str
+    device: str
+    peer: str
+    ratio: float
+    size: Mapping[str, Any]
+
+    def applies(self, problem: Problem, device: str) -> bool:
+        return (self.op, self.device) == (problem.op, device) and self.size.items() <= problem.size.items()
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    problems: Sequence[Problem]
+    goals: Sequence[Goal]
+
+
+def families() -> dict[str, Family]:
+    """Every module beside the harness is a family and has PROBLEMS and GOALS."""
+    package = importlib.import_module("effk.perf")
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg and not m.name.startswith("_")]
+    modules = {name: importlib.import_module(f"effk.perf.{name}") for name in names}
+    return {name: Family(name, m.PROBLEMS, m.GOALS) for name, m in modules.items()}

@@ -1,0 +1,221 @@
+"""The tables: the same cells for the terminal (with rich or without it) and for the page."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .record import Change, Entry, ProblemEntry, Record
+
+STYLES = {"good": "green", "bad": "red bold", "strong": "bold", "dim": "dim", "": ""}
+
+
+NOISY = 0.1  # half a spread that makes a median doubtful
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    tone: str = ""  # of STYLES
+    hint: str = ""  # shown by the page
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def rate(value: float, unit: str) -> str:
+    prefix, scale = next(((p, s) for p, s in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= s), ("", 1.0))
+    return f"{value / scale:.3g} {prefix}{unit}"
+
+
+def by_op(record: Record) -> dict[str, list[ProblemEntry]]:
+    groups: dict[str, list[ProblemEntry]] = {}
+    for problem in record.problems:
+        groups.setdefault(problem.op, []).append(problem)
+    return groups
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def rivals(problems: Iterable[ProblemEntry]) -> list[str]:
+    """Peers and derived yardsticks with a time, in the order of their first appearance."""
+    return unique(e.name for p in problems for e in p.entries if e.kind != "effk")
+
+
+def tables(record: Record) -> list[Table]:
+    """One for each op and choice of its sizes that aren't numbers, such as a dtype."""
+    groups: dict[tuple[str, ...], list[ProblemEntry]] = {}
+    for problem in record.problems:
+        words = [value for value in problem.size.values() if isinstance(value, str)]
+        groups.setdefault((problem.op, *words), []).append(problem)
+    return [_table(problems) for problems in groups.values()]
+
+
+def varying(problems: Sequence[ProblemEntry]) -> list[str]:
+    """The sizes in which they differ."""
+    return [key for key in problems[0].size if len({p.size.get(key) for p in problems}) > 1]
+
+
+def _table(problems: Sequence[ProblemEntry]) -> Table:
+    sizes, peers = varying(problems), rivals(problems)
+    same = [f"{key} {value}" for key, value in problems[0].size.items() if key not in sizes]
+    rows = [
+        [*(Cell(str(p.size.get(key, ""))) for key in sizes), *_own_cells(p, e), *(_ratio(p, e, name) for name in peers)]
+        for p in problems
+        for e in p.entries
+        if e.kind == "effk"
+    ]
+    header = [*sizes, "back end", "time", "spread", "of the limit", *peers]
+    return Table("  ".join([problems[0].op, *same]), header, rows)
+
+
+def _own_cells(problem: ProblemEntry, entry: Entry) -> list[Cell]:
+    tone = "strong" if entry.name == problem.main else "dim"
+    t = entry.time
+    hint = f"quartiles {duration(t.q1)} to {duration(t.q3)}, least {duration(t.min)}, {t.n} samples"
+    return [
+        Cell(entry.name, tone),
+        Cell(duration(t.median), tone, hint),
+        Cell(f"±{t.spread / 2:.1%}", "bad" if t.spread / 2 > NOISY else "dim"),
+        Cell(f"{entry.share:.0%} {problem.limit}", tone, f"at least {duration(problem.roofline)}"),
+    ]
+
+
+def _ratio(problem: ProblemEntry, entry: Entry, peer: str) -> Cell:
+    other = problem.find(peer)
+    if other is None:
+        reason = problem.missing.get(peer) or problem.wrong.get(peer, "")
+        return Cell("-", "dim", reason)
+    text, hint = f"{other.time.median / entry.time.median:.2f}", f"{peer}: {duration(other.time.median)}"
+    if entry.name != problem.main:
+        return Cell(text, "dim", hint)
+    goal = next((g for g in problem.goals if g.peer == peer), None)
+    if goal is None:
+        return Cell(text, "", hint)
+    sign, tone = ("≥", "good") if goal.met else ("<", "bad")
+    return Cell(
+        f"{text} {sign} {goal.wanted:g}", tone, f"{hint}; wanted {goal.wanted:g}, {'' if goal.met else 'not '}met"
+    )
+
+
+def changes_table(found: Sequence[Change]) -> Table:
+    rows = [
+        [
+            Cell(c.problem),
+            Cell(c.name, "strong"),
+            Cell(duration(c.before.median)),
+            Cell(duration(c.after.median)),
+            Cell(f"{c.factor:.2f}x", "bad" if c.factor > 1 else "good"),
+        ]
+        for c in sorted(found, key=lambda c: -c.factor)
+    ]
+    return Table("Changes beyond the spread", ["problem", "candidate", "before", "now", "time"], rows)
+
+
+def goals_line(record: Record) -> str:
+    goals = [g for p in record.problems for g in p.goals]
+    if not goals:
+        return "no problem of this run has a goal"
+    met, open_ = sum(g.met is True for g in goals), sum(g.met is None for g in goals)
+    rest = f"; {open_} without a measurement" if open_ else ""
+    return f"{met} of {len(goals)} met{rest}"
+
+
+def limits_line(record: Record) -> str:
+    matmul = ", ".join(f"{name} {rate(value, 'flop/s')}" for name, value in record.limits.matmul.items())
+    return f"read {rate(record.limits.read, 'B/s')}, copy {rate(record.limits.copy, 'B/s')}, matmul {matmul}"
+
+
+def facts(record: Record) -> list[tuple[str, str]]:
+    machine = record.machine
+    busy = f"; BUSY: load {machine['load']:.1f} before the run, on {machine['processors']} processors"
+    quiet = machine["load"] < machine["processors"] / 2
+    return [
+        ("device", f"{machine['device']}, {machine['threads']} threads{'' if quiet else busy}"),
+        ("software", f"effk {machine['effk']['version']}, torch {machine['torch']}, Python {machine['python']}"),
+        ("limits", limits_line(record)),
+        ("caches", machine["caches"]),
+        ("checks", "every result timed here was within its bound of the float64 reference beforehand"),
+        ("goals", goals_line(record)),
+    ]
+
+
+def not_timed(record: Record) -> Iterator[tuple[str, str, int]]:
+    """(candidate, why, in how many problems)."""
+    counts: dict[tuple[str, str], int] = {}
+    for problem in record.problems:
+        for item in problem.missing.items():
+            counts[item] = counts.get(item, 0) + 1
+    yield from ((name, reason, count) for (name, reason), count in sorted(counts.items()))
+
+
+class Printer:
+    """Writes to stdout, with rich where it is installed."""
+
+    def __init__(self) -> None:
+        self.console: Any = None
+        if importlib.util.find_spec("rich"):
+            from rich.console import Console
+
+            # Wider than any table: cells cut short would tell nothing.
+            self.console = Console(highlight=False, width=1000)
+
+    def line(self, text: str = "", tone: str = "") -> None:
+        if self.console:
+            self.console.print(text, style=STYLES[tone] or None, markup=False)
+        else:
+            print(text)
+
+    def table(self, table: Table) -> None:
+        if self.console:
+            self._rich(table)
+        else:
+            self._plain(table)
+
+    def _rich(self, table: Table) -> None:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        made = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for name in table.header:
+            made.add_column(name.replace("-", "-\n"), no_wrap=True)
+        for row in table.rows:
+            made.add_row(*(Text(cell.text, STYLES[cell.tone]) for cell in row))
+        self.console.print(made)
+
+    def _plain(self, table: Table) -> None:
+        lines = [list(table.header), *([cell.text for cell in row] for row in table.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print(f"\n{table.title}")
+        for line in lines:
+            print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_record(record: Record, printer: Printer) -> None:
+    for table in tables(record):
+        printer.table(table)
+    if skipped := list(not_timed(record)):
+        printer.line("Not timed", "strong")
+        for name, reason, count in skipped:
+            printer.line(f"  {name}: {reason} ({count} problem{'s' * (count > 1)})")
+    for error in record.errors():
+        printer.line(f"ERROR {error}", "bad")
+    printer.line()
+    for name, text in facts(record):
+        printer.line(f"{name:9}{text}")

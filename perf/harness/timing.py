@@ -1,0 +1,145 @@
+"""Clocks with cold caches, and the statistics of their samples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .problem import Call
+
+Sample = Callable[[], float]  # runs a candidate once and returns seconds a call
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Seconds a call: the least, the quartiles, and the number of samples."""
+
+    n: int
+    min: float
+    q1: float
+    median: float
+    q3: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Stats:
+        if len(samples) == 1:
+            return cls(1, *(samples[0],) * 4)
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(len(samples), min(samples), q1, median, q3)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles in units of the median."""
+        return (self.q3 - self.q1) / self.median
+
+    @property
+    def precision(self) -> float:
+        """Relative standard error of the median, as for normal samples (IQR = 1.35 sigma)."""
+        return 1.253 * self.spread / 1.349 / math.sqrt(self.n)
+
+
+class Clock(Protocol):
+    caches: str  # what is done about caches, for the report
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of inputs of that size are needed."""
+        ...
+
+    def sampler(self, calls: Sequence[Call], graph: bool) -> Sample:
+        """Times the calls, one a copy."""
+        ...
+
+
+def last_level_cache() -> int:
+    """Bytes of all caches of the last level together, as Linux tells; 64 MiB where it doesn't."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes: dict[tuple[int, str], int] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level, shared, size = ((index / f).read_text().strip() for f in ("level", "shared_cpu_list", "size"))
+        except OSError:
+            continue
+        sizes[int(level), shared] = int(size[:-1]) * units[size[-1]]
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last) or 64 << 20
+
+
+class CpuClock:
+    """Times one call at a time, after all threads have read a buffer of twice the last-level cache.
+
+    Reading leaves no dirty lines whose write-back would fall into the timed call, and wakes the threads up. A loop
+    over the call would warm the caches, so there is none; perf_counter resolves well below a microsecond.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.ones(2 * last_level_cache() // 4)
+        self.caches = f"cold: {self.buffer.nbytes >> 20} MiB, twice the last-level cache, are read before every call"
+
+    def copies(self, nbytes: int) -> int:
+        return 1
+
+    def sampler(self, calls: Sequence[Call], graph: bool) -> Sample:
+        (call,) = calls
+
+        def sample() -> float:
+            self.buffer.sum()
+            start = time.perf_counter()
+            result = call()
+            seconds = time.perf_counter() - start
+            del result  # freeing it isn't timed
+            return seconds
+
+        return sample
+
+
+class CudaClock:
+    """Replays one CUDA graph of calls on rotating copies of the inputs, between two events.
+
+    Copies of more than twice the L2 cache in all keep every call's weights out of it. Where a call can't be captured,
+    the calls are launched one after the other, launch time included.
+    """
+
+    def __init__(self) -> None:
+        self.l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.caches = f"cold: calls rotate over copies of the inputs, more than {2 * self.l2 >> 20} MiB (2 L2) in all"
+
+    def copies(self, nbytes: int) -> int:
+        return 2 * self.l2 // max(nbytes, 1 << 16) + 2
+
+    def sampler(self, calls: Sequence[Call], graph: bool) -> Sample:
+        def launch() -> None:
+            for call in calls:
+                call()
+
+        run: Callable[[], None] = launch
+        if graph:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                launch()
+            torch.cuda.current_stream().wait_stream(stream)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                launch()
+            run = captured.replay
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def sample() -> float:
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / len(calls)
+
+        return sample
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else CpuClock()

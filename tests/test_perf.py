@@ -1,0 +1,328 @@
+"""The benchmark harness: what it may call a time, and what it writes. No test looks at how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from effk import _registry, backends
+from effk.perf import __main__ as perf
+from effk.perf import lscd
+from effk.perf.harness import page, run, table
+from effk.perf.harness.check import difference
+from effk.perf.harness.machine import Limits
+from effk.perf.harness.problem import Derived, Family, Goal, Peer, Problem, Work, families
+from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, changes
+from effk.perf.harness.timing import CpuClock, Stats, last_level_cache
+from hypothesis import given
+from hypothesis import strategies as st
+
+CPU = torch.device("cpu")
+LIMITS = Limits(read=1e9, copy=2e9, matmul={"float32": 1e10, "bfloat16": 4e10, "float16": 1e9})
+times = st.floats(1e-9, 1e3)
+
+
+class ScriptedClock:
+    """Gives each candidate the next of its times, over and over."""
+
+    caches = "scripted"
+
+    def __init__(self, *scripts: list[float]):
+        self.scripts = list(scripts)
+
+    def copies(self, nbytes: int) -> int:
+        return 1
+
+    def sampler(self, calls, graph):
+        script = self.scripts.pop(0) if self.scripts else [1.0]
+        state = {"i": 0}
+
+        def sample() -> float:
+            state["i"] += 1
+            return script[state["i"] % len(script)]
+
+        return sample
+
+
+def unpack_problem(peers=(), derived=(), wanted: float = 0.0, tag: int = 0) -> Problem:
+    """lscd_unpack of a matrix of ones, to whose expected result `wanted` is added."""
+    w = torch.ones(16, 24)
+
+    def make(problem: Problem, device: torch.device) -> Work:
+        packed = torch.ops.effk.lscd_pack(w)
+        expected = (w + wanted).double()
+        return Work(
+            inputs=w,
+            arguments=lambda w: ((*packed, 16, 24), {}),
+            check=lambda y, own: difference(y, expected, torch.zeros_like(expected)),
+            bytes=1000,
+            flops=0.0,
+            dtype=torch.float32,
+        )
+
+    return Problem("lscd_unpack", {"rows": 16, "tag": tag}, make, {"cpu": peers}, {"cpu": derived})
+
+
+def peer(name: str, result=lambda w: w, **options) -> Peer:
+    return Peer(name, lambda w: lambda: result(w), f"note on {name}", **options)
+
+
+def measure(problem: Problem, clock=None, peers=None, goals=()) -> ProblemEntry:
+    runner = run.Runner(CPU, clock or ScriptedClock(), LIMITS, peers, 1.0, 0)
+    return runner.measure(problem, Family("family", [problem], goals))
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, problems: list[Problem], *args: str, seconds: float = 1.0) -> int:
+    """The exit status; each sample of the clock is that many seconds."""
+    clock = ScriptedClock(*([seconds] for _ in range(20)))
+    monkeypatch.setattr(perf, "clock_for", lambda device: clock)
+    monkeypatch.setattr(perf, "families", lambda: {"family": Family("family", problems, ())})
+    monkeypatch.setattr(perf, "measure_limits", lambda device: LIMITS)
+    return perf.main(["--device", "cpu", "--no-progress", *args])
+
+
+@pytest.fixture
+def record() -> Record:
+    entry = measure(
+        unpack_problem([peer("a"), peer("gone", missing=lambda work: "not <here>")]),
+        goals=[Goal("lscd_unpack", "cpu", "a", 0.5, {"rows": 16})],
+    )
+    return Record(perf.facts(CPU, "scripted"), LIMITS, 0, {"a": "note"}, [entry], finished=True)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_op_has_a_problem(quick: bool) -> None:
+    measured = {p.op for family in families().values() for p in family.problems if p.quick == quick}
+    assert measured == set(_registry.OPS)
+
+
+def test_every_goal_meets_a_problem() -> None:
+    for family in families().values():
+        for goal in family.goals:
+            assert any(goal.applies(p, goal.device) for p in family.problems), goal
+
+
+def test_names_are_unique() -> None:
+    names = [p.name for family in families().values() for p in family.problems]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *(lscd.linear(dtype, 0.6, 3, (37, 290)) for dtype in lscd.DTYPES),
+        *lscd.packing(37, 290),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_lscd_is_checked_on_every_back_end(problem: Problem) -> None:
+    family = Family("lscd", [problem], ())
+    entry = run.Runner(CPU, ScriptedClock(), LIMITS, None, 1.0, 0).measure(problem, family)
+    assert not entry.wrong
+    own = {e.name for e in entry.entries if e.kind == "effk"}
+    assert own == {b for b in backends(problem.op) if b.startswith("cpu-")}
+
+
+def test_one_lost_weight_is_seen() -> None:
+    problem = lscd.linear("bf16", 0.5, 2, (37, 290))
+    work = problem.make(problem, CPU)
+    args, _ = work.arguments(work.inputs)
+    x, values, *rest = args
+    assert work.check(torch.ops.effk.lscd_linear(*args), True) == ""
+    lost = values.clone()
+    lost[5] = 0
+    x[:, :] = torch.where(x == 0, 0.125, x)  # so that the weight counts
+    right = torch.ops.effk.lscd_linear(x, values, *rest)
+    expected = (x.double() @ work.inputs.weight.w.double().T).bfloat16()
+    assert torch.equal(right, expected)
+    bound = 2.0**-8 * expected.double().abs() / 2
+    assert difference(torch.ops.effk.lscd_linear(x, lost, *rest), expected.double(), bound)
+
+
+def test_stats_by_hand() -> None:
+    stats = Stats.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert stats == Stats(n=5, min=1.0, q1=2.0, median=3.0, q3=4.0)
+    assert stats.spread == pytest.approx(2 / 3)
+
+
+@given(st.lists(times, min_size=1, max_size=30), st.randoms())
+def test_stats_are_in_order_whatever_the_order(samples: list[float], random) -> None:
+    stats = Stats.of(samples)
+    assert min(samples) == stats.min <= stats.q1 <= stats.median <= stats.q3 <= max(samples)
+    random.shuffle(samples)
+    assert Stats.of(samples) == stats
+
+
+def test_steady_times_settle_and_noisy_ones_use_their_share() -> None:
+    names = [b for b in backends("lscd_unpack") if b.startswith("cpu-")]
+    steady = measure(unpack_problem(), ScriptedClock(*([1e-4] for _ in names)))
+    assert {e.time.n for e in steady.entries} == {run.ROUNDS}
+    noisy = measure(unpack_problem(), ScriptedClock(*([1e-2, 3e-2, 9e-2] for _ in names)))
+    for entry in noisy.entries:
+        assert entry.time.n > run.ROUNDS or entry.time.n * 0.13 / 3 >= 1.0 / len(names) - 0.09
+    slow = measure(unpack_problem(), ScriptedClock(*([10.0] for _ in names)))
+    assert {e.time.n for e in slow.entries} == {run.MIN_ROUNDS}
+
+
+@pytest.mark.parametrize("off", [1.0, float("nan")])
+def test_a_wrong_result_is_never_a_time(off: float) -> None:
+    entry = measure(unpack_problem([peer("right"), peer("wrong", lambda w: w + off)]))
+    assert set(entry.wrong) == {"wrong"} and entry.find("wrong") is None
+    entry = measure(unpack_problem(wanted=off))
+    assert entry.entries == []
+    assert set(entry.wrong) == {b for b in backends("lscd_unpack") if b.startswith("cpu-")}
+
+
+def test_wrong_results_set_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, [unpack_problem([peer("right")])]) == 0
+    assert run_main(monkeypatch, [unpack_problem([peer("wrong", lambda w: w + 1)])]) == 1
+    assert run_main(monkeypatch, [unpack_problem(wanted=1.0)]) == 1
+
+
+def test_a_broken_problem_fails_the_run_but_not_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(problem: Problem, device: torch.device) -> Work:
+        raise MemoryError("too large")
+
+    good, file = unpack_problem(), tmp_path / "r.json"
+    bad = Problem("lscd_unpack", {"rows": 1}, broken, {"cpu": ()}, {"cpu": ()})
+    assert run_main(monkeypatch, [bad, good], "--json", str(file)) == 1
+    record = Record.read(file)
+    assert record.broken == {bad.name: "MemoryError: too large"}
+    assert [p.name for p in record.problems] == [good.name]
+
+
+def test_missing_peers_are_named_with_the_reason() -> None:
+    def fails(w):
+        raise ImportError("no such library")
+
+    peers = [peer("absent", missing=lambda work: "not installed"), peer("broken", fails), peer("there")]
+    entry = measure(unpack_problem(peers))
+    assert entry.missing == {"absent": "not installed", "broken": "ImportError: no such library"}
+    assert entry.find("there") is not None
+
+
+def test_a_derived_yardstick_needs_its_peers() -> None:
+    sum_of_both = Derived("both", ("a", "b"), lambda medians, work, limits: sum(medians.values()), "")
+    problem = unpack_problem([peer("a"), peer("b")], [sum_of_both])
+    count = sum(b.startswith("cpu-") for b in backends("lscd_unpack"))
+    clock = ScriptedClock(*([1.0] * count for _ in range(count)), [2.0], [3.0])
+    both = measure(problem, clock).find("both")
+    assert both is not None and both.time.median == 5.0
+    assert measure(problem, peers=["a"]).find("both") is None
+
+
+def test_ratio_and_goal() -> None:
+    count = sum(b.startswith("cpu-") for b in backends("lscd_unpack"))
+    goals = [Goal("lscd_unpack", "cpu", "a", wanted, {"rows": 16}) for wanted in (1.9, 2.1)]
+    goals.append(Goal("lscd_unpack", "cpu", "b", 1.0, {}))
+    clock = ScriptedClock(*([2e-6] for _ in range(count)), [4e-6])
+    entry = measure(unpack_problem([peer("a"), peer("b", missing=lambda work: "gone")]), clock, goals=goals)
+    assert [g.met for g in entry.goals] == [True, False, None]
+    # 1000 bytes at 2 GB/s are 0.5 us.
+    main = entry.find(entry.main)
+    assert main is not None and main.share == pytest.approx(0.25) and entry.limit == "memory"
+
+
+def test_roofline_is_the_slower_of_moving_and_computing() -> None:
+    assert LIMITS.seconds(2000, 0, "bfloat16") == pytest.approx(1e-6)
+    assert LIMITS.seconds(2000, 8e4, "bfloat16") == pytest.approx(2e-6)
+    # float16 can be widened to float32.
+    assert LIMITS.seconds(2000, 8e4, "float16") == pytest.approx(8e-6)
+
+
+def with_time(record: Record, q1: float, median: float, q3: float) -> Record:
+    entry = Entry("cpu-scalar", "effk", Stats(9, q1, q1, median, q3), 0.5, 1.0)
+    problem = ProblemEntry("p", "f", "op", {}, 1, 1.0, "float32", 1.0, "memory", "cpu-scalar", [entry], [], {}, {})
+    return Record(record.machine, LIMITS, 0, {}, [problem])
+
+
+def test_changes_are_beyond_the_spread(record: Record) -> None:
+    base = with_time(record, 1.0, 1.1, 1.2)
+    assert [c.factor for c in changes(base, with_time(record, 2.0, 2.2, 2.4))] == [pytest.approx(2.0)]
+    assert [c.factor for c in changes(base, with_time(record, 0.5, 0.55, 0.6))] == [pytest.approx(0.5)]
+    assert list(changes(base, with_time(record, 1.15, 1.3, 1.5))) == []
+    assert list(changes(base, base)) == []
+
+
+def test_base_is_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.json"
+    assert run_main(monkeypatch, [unpack_problem()], "--json", str(base)) == 0
+    assert run_main(monkeypatch, [unpack_problem()], "--base", str(base)) == 0
+    assert "no time changed beyond the spread" in capsys.readouterr().out
+    assert run_main(monkeypatch, [unpack_problem()], "--base", str(base), seconds=0.5) == 0
+    assert "0.50x" in capsys.readouterr().out
+
+
+def test_json_says_everything(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "a" / "r.json"
+    record.write(file)
+    assert Record.read(file) == record
+    data = json.loads(file.read_text())
+    assert data["machine"]["effk"]["backends"].keys() == _registry.OPS.keys()
+    assert "/" not in "".join(data["machine"]["effk"]["libraries"].values()), "paths are not for publication"
+    assert data["problems"][0]["missing"] == {"gone": "not <here>"}
+    assert record.problems[0].goals == [GoalEntry("a", 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("text", ['{"schema": 0}', "[]", "{}", "nonsense"])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(text)
+    with pytest.raises(ValueError):
+        Record.read(file)
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(w):
+        raise KeyboardInterrupt
+
+    file, folder = tmp_path / "r.json", tmp_path / "report"
+    problems = [unpack_problem(), unpack_problem([peer("p", interrupt)], tag=1), unpack_problem(tag=2)]
+    assert run_main(monkeypatch, problems, "--json", str(file), "--report", str(folder)) == 130
+    record = Record.read(file)
+    assert [p.size["tag"] for p in record.problems] == [0] and not record.finished
+    assert "Interrupted" in (folder / "index.html").read_text()
+
+
+def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for args in (["none_such"], ["--peers", "none_such"], ["--base", str(tmp_path / "none")]):
+        with pytest.raises(SystemExit) as raised:
+            run_main(monkeypatch, [unpack_problem([peer("a")])], *args)
+        assert raised.value.code == 2
+
+
+def test_the_page_needs_no_network(record: Record, tmp_path: Path) -> None:
+    page.write(record, tmp_path, [])
+    text = (tmp_path / "index.html").read_text()
+    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "") and "<script" not in text
+    assert "not &lt;here&gt;" in text and "not <here>" not in text
+    pictures = list(tmp_path.glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        ElementTree.parse(picture)
+
+
+def test_without_rich_the_table_is_plain(
+    monkeypatch: pytest.MonkeyPatch, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.print_record(record, table.Printer())
+    rich = capsys.readouterr().out
+    monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
+    table.print_record(record, table.Printer())
+    plain = capsys.readouterr().out
+    cells = [cell.text for made in table.tables(record) for row in made.rows for cell in row]
+    assert all(cell in plain and cell in rich for cell in cells)
+
+
+def test_the_cpu_clock_times_the_call_alone() -> None:
+    clock = CpuClock()
+    assert clock.copies(1) == 1 and clock.buffer.nbytes >= 2 * last_level_cache()
+    done = []
+    seconds = clock.sampler([lambda: done.append(time.sleep(0.02))], True)()
+    assert len(done) == 1 and seconds >= 0.02
