@@ -42,7 +42,7 @@ class Op:
     api: Callable[..., Any]
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    triton: str | None = None
+    triton: str | None
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
 

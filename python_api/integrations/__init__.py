@@ -1,0 +1,1 @@
+"""Ways in from other packages' files and models."""

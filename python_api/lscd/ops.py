@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def _fake_unpack(
     values: Tensor, bitmap: Tensor, offsets: Tensor, rows: int, cols: int, scale: Tensor | None = None
 ) -> Tensor:
     reference.check_packed("lscd_unpack", values, bitmap, offsets, rows, cols)
-    reference.check_scale("lscd_unpack", scale, rows)
+    reference.check_scale("lscd_unpack", scale, values, rows)
     dtype = torch.float32 if scale is not None and values.dtype == torch.int8 else values.dtype
     return values.new_empty((rows, cols), dtype=dtype)
 
@@ -55,9 +56,7 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict
     ctx.size = rows, cols
     ctx.activation = keyword_only_inputs["activation"]
     # The sum before the activation is computed again; without an activation, x isn't needed.
-    ctx.save_for_backward(
-        x if ctx.activation != "none" else None, values, bitmap, offsets, bias, scale
-    )
+    ctx.save_for_backward(x if ctx.activation != "none" else None, values, bitmap, offsets, bias, scale)
     ctx.has_bias = bias is not None
 
 
@@ -66,17 +65,18 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, cols = ctx.size
     if ctx.activation != "none":
         before = lscd_linear(x, values, bitmap, offsets, rows, cols, bias, scale)
+        again = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated too
         with torch.enable_grad():
-            leaf = before.detach().requires_grad_()
+            leaf = before if again else before.detach().requires_grad_()
             after = reference.ACTIVATIONS[ctx.activation](leaf)
-        (grad,) = torch.autograd.grad(after, leaf, grad)
+        (grad,) = torch.autograd.grad(after, leaf, grad, create_graph=again)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         w = lscd_unpack(values, bitmap, offsets, rows, cols)
         scaled = grad if scale is None else (grad * scale).to(grad.dtype)
         grad_x = scaled @ w.to(grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, rows).sum(0)
+        grad_bias = grad.reshape(math.prod(grad.shape[:-1]), rows).sum(0)
     return grad_x, None, None, None, None, None, grad_bias, None
 
 

@@ -41,27 +41,29 @@ def check_packed(op: str, values: Tensor, bitmap: Tensor, offsets: Tensor, rows:
         values.dtype in (*FLOATS, torch.int8),
         lambda: f"effk::{op}: values has dtype {values.dtype}; wanted float32, float16, bfloat16 or int8",
     )
-    torch._check(
-        values.dim() == 1, lambda: f"effk::{op}: values has shape {list(values.shape)}; wanted one dimension"
-    )
-    for name, tensor, shape in (
-        ("bitmap", bitmap, (strips, sub_cols, 2)),
-        ("offsets", offsets, (strips * tiles + 1,)),
-    ):
-        torch._check(
-            tensor.dtype == torch.int64, lambda: f"effk::{op}: {name} has dtype {tensor.dtype}; wanted int64"
-        )
-        torch._check(
-            tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
-            lambda: f"effk::{op}: {name} has shape {list(tensor.shape)}; wanted {list(shape)}",
-        )
-        check_device(op, name, tensor, values)
-    for name, tensor in (("values", values), ("bitmap", bitmap), ("offsets", offsets)):
-        torch._check(tensor.is_contiguous(), lambda: f"effk::{op}: {name} must be contiguous")
+    torch._check(values.dim() == 1, lambda: f"effk::{op}: values has shape {list(values.shape)}; wanted one dimension")
+    check_contiguous(op, "values", values)
+    check_index(op, "bitmap", bitmap, (strips, sub_cols, 2), values)
+    check_index(op, "offsets", offsets, (strips * tiles + 1,), values)
     torch._check(
         values.shape[0] >= VALUE_PAD,
         lambda: f"effk::{op}: values has {values.shape[0]} entries; wanted at least the {VALUE_PAD} of padding",
     )
+
+
+def check_index(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], values: Tensor) -> None:
+    """Of bitmap and offsets."""
+    torch._check(tensor.dtype == torch.int64, lambda: f"effk::{op}: {name} has dtype {tensor.dtype}; wanted int64")
+    torch._check(
+        tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
+        lambda: f"effk::{op}: {name} has shape {list(tensor.shape)}; wanted {list(shape)}",
+    )
+    check_contiguous(op, name, tensor)
+    check_device(op, name, tensor, values)
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    torch._check(tensor.is_contiguous(), lambda: f"effk::{op}: {name} must be contiguous")
 
 
 def check_device(op: str, name: str, tensor: Tensor, values: Tensor) -> None:
@@ -90,7 +92,7 @@ def check_scale(op: str, scale: Tensor | None, values: Tensor, rows: int) -> Non
             scale.dtype == torch.float32 and scale.dim() == 1 and scale.shape[0] == rows,
             lambda: f"effk::{op}: scale is {scale.dtype} {list(scale.shape)}; wanted float32 [{rows}]",
         )
-        torch._check(scale.is_contiguous(), lambda: f"effk::{op}: scale must be contiguous")
+        check_contiguous(op, "scale", scale)
         check_device(op, "scale", scale, values)
 
 
