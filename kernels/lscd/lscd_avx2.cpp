@@ -144,6 +144,7 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
       const V* const first = static_cast<const V*>(a.w.values) + tile.begin;
       const V* v = first;
       for (int64_t c = 0; c < tile.sub_cols; ++c) {
+        if (h == 0 && c % 2 == 0) fetch_ahead(v, tile.words + 2 * c);
         const uint64_t upper = tile.words[2 * c], lower = tile.words[2 * c + 1];
         const __m256 inputs = _mm256_loadu_ps(x + (tile.sub_col + c) * kSub);
         if (h == 1) v += popcount(upper);

@@ -265,6 +265,7 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
     const int64_t stride = layout.block_cols(t);
     const uint64_t* words = tile.words;
     for (int64_t c = 0; c < tile.sub_cols; c += 2) {
+      fetch_ahead(v, words + 2 * c);
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         auto& set = sums[i % kSets];

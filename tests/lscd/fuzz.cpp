@@ -1,0 +1,308 @@
+// Feeds damaged packed tensors to the CPU kernels of lscd, without torch, under AddressSanitizer.
+//   fuzz_lscd LEVEL CASES SEED
+// Each buffer has exactly the size that the format gives it. In every other case it ends at an unmapped page (which
+// also catches what the sanitizer doesn't instrument, such as masked loads), in the rest the sanitizer's own red zones
+// surround it. What csrc/ checks before it calls a kernel (shapes, both ends of offsets) is checked here too. The
+// kernels must stay in bounds, and call a tile corrupt exactly when the format, read bit by bit, says so.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../kernels/common/cpu_level.h"
+#include "../../kernels/lscd/lscd.h"
+
+using namespace effk::lscd;
+
+namespace {
+
+using Random = std::mt19937_64;
+
+int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+
+template <class T, size_t N>
+T pick(Random& random, const T (&options)[N]) {
+  return options[below(random, N)];
+}
+
+// Memory of exactly `size` bytes, on the heap or right before an unmapped page.
+class Buffer {
+ public:
+  Buffer(int64_t size, int64_t alignment, bool guarded) : size_(size), alignment_(alignment), guarded_(guarded) {
+    if (guarded) {
+      const int64_t page = sysconf(_SC_PAGESIZE);
+      // A multiple of the alignment may be left over between the end and the page.
+      const int64_t used = (size + alignment - 1) / alignment * alignment;
+      mapped_ = (used + page - 1) / page * page + page;
+      base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (base_ == MAP_FAILED) std::abort();
+      if (mprotect(static_cast<char*>(base_) + mapped_ - page, page, PROT_NONE) != 0) std::abort();
+      data_ = static_cast<char*>(base_) + mapped_ - page - used;
+    } else {
+      data_ = ::operator new(size, std::align_val_t(alignment));
+    }
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() {
+    if (guarded_)
+      munmap(base_, mapped_);
+    else
+      ::operator delete(data_, std::align_val_t(alignment_));
+  }
+
+  template <class T>
+  T* as() {
+    return static_cast<T*>(data_);
+  }
+
+  void fill(Random& random) {
+    int64_t i = 0;
+    for (; i + 8 <= size_; i += 8) {
+      const uint64_t word = random();
+      std::memcpy(as<char>() + i, &word, 8);
+    }
+    for (; i < size_; ++i) as<char>()[i] = static_cast<char>(random());
+  }
+
+ private:
+  int64_t size_, alignment_, mapped_ = 0;
+  bool guarded_;
+  void *base_ = nullptr, *data_ = nullptr;
+};
+
+// Packed tensors before they get exact buffers.
+struct Draft {
+  Shape shape;
+  Type type;
+  std::vector<uint64_t> bitmap;
+  std::vector<int64_t> offsets;
+  int64_t num_values;
+};
+
+bool inside(const Shape& shape, int64_t s, int64_t c, int64_t h, int bit) {
+  return s * 16 + h * 8 + bit / 8 < shape.rows && c * 8 + bit % 8 < shape.cols;
+}
+
+// The format's rules, read bit by bit.
+bool is_valid(const Draft& d) {
+  const int64_t sub_cols = d.shape.sub_cols(), tiles = d.shape.tiles();
+  for (int64_t s = 0; s < d.shape.strips(); ++s) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      int64_t ones = 0;
+      for (int64_t c = t * 32; c < std::min(t * 32 + 32, sub_cols); ++c)
+        for (int64_t h = 0; h < 2; ++h)
+          for (int bit = 0; bit < 64; ++bit)
+            if (d.bitmap[(s * sub_cols + c) * 2 + h] >> bit & 1) {
+              ++ones;
+              if (!inside(d.shape, s, c, h, bit)) return false;
+            }
+      // Unsigned: the difference of two wild offsets may overflow.
+      const auto* ends = &d.offsets[s * tiles + t];
+      if (static_cast<uint64_t>(ends[1]) - static_cast<uint64_t>(ends[0]) !=
+          static_cast<uint64_t>((ones + 15) / 16 * 16))
+        return false;
+    }
+  }
+  return true;
+}
+
+Draft make(Random& random) {
+  constexpr int64_t kRows[] = {1, 7, 8, 9, 15, 16, 17, 33, 48}, kCols[] = {1, 8, 9, 16, 31, 250, 256, 257, 300, 520};
+  constexpr double kDensity[] = {0, 0.02, 0.3, 0.5, 0.9, 1};
+  Draft d{{pick(random, kRows), pick(random, kCols)},
+          pick(random, {Type::f32, Type::f16, Type::bf16, Type::i8}),
+          {},
+          {0},
+          0};
+  const double density = pick(random, kDensity);
+  const auto limit = static_cast<uint64_t>(density * 0xffffffffu);
+  const int64_t sub_cols = d.shape.sub_cols();
+  for (int64_t s = 0; s < d.shape.strips(); ++s) {
+    int64_t ones = 0;
+    for (int64_t c = 0; c < sub_cols; ++c) {
+      for (int64_t h = 0; h < 2; ++h) {
+        uint64_t word = 0;
+        for (int bit = 0; bit < 64; ++bit)
+          if (inside(d.shape, s, c, h, bit) && (random() & 0xffffffffu) <= limit && density > 0)
+            word |= uint64_t{1} << bit;
+        d.bitmap.push_back(word);
+        ones += __builtin_popcountll(word);
+      }
+      if (c % 32 == 31 || c == sub_cols - 1) {
+        d.offsets.push_back(d.offsets.back() + (ones + 15) / 16 * 16);
+        ones = 0;
+      }
+    }
+  }
+  d.num_values = d.offsets.back() + 64;
+  return d;
+}
+
+void damage(Random& random, Draft& d) {
+  constexpr int64_t kMin = std::numeric_limits<int64_t>::min(), kMax = std::numeric_limits<int64_t>::max();
+  const int64_t wild[] = {kMin,
+                          kMax,
+                          -1,
+                          0,
+                          1,
+                          16,
+                          -16,
+                          4096,
+                          d.num_values,
+                          d.num_values - 64,
+                          d.num_values - 4096 - 64,
+                          static_cast<int64_t>(random())};
+  uint64_t& word = d.bitmap[below(random, d.bitmap.size())];
+  int64_t& offset = d.offsets[below(random, d.offsets.size())];
+  switch (below(random, 8)) {
+    case 0:
+      word ^= uint64_t{1} << below(random, 64);
+      break;
+    case 1:
+      word = ~uint64_t{0};
+      break;
+    case 2:
+      std::fill(d.bitmap.begin(), d.bitmap.end(), ~uint64_t{0});
+      break;
+    case 3:
+      word = random();
+      break;
+    case 4:
+      offset = pick(random, wild);
+      break;
+    case 5:
+      offset = static_cast<int64_t>(static_cast<uint64_t>(offset) + static_cast<uint64_t>(pick(random, wild)));
+      break;
+    case 6:
+      std::swap(offset, d.offsets[below(random, d.offsets.size())]);
+      break;
+    case 7:  // values cut off, with an offset that says so
+      d.num_values = 64 + below(random, d.num_values - 63);
+      d.offsets.back() = d.num_values - 64;
+      break;
+  }
+}
+
+// x and everything else of a call of linear.
+void run_linear(Random& random, const Cpu& cpu, const Packed& packed, bool valid, bool guarded) {
+  const Type x_type = packed.type == Type::i8 ? pick(random, {Type::f32, Type::f16, Type::bf16}) : packed.type;
+  const int64_t size = type_size(x_type), rows = packed.shape.rows, cols = packed.shape.cols;
+  const int64_t tokens = pick(random, {0, 1, 2, 3, 5, 8, 17, 70});
+  const int64_t col_stride = pick(random, {1, 1, 3}), token_stride = cols * col_stride;
+  // A strided view ends with its last element.
+  const int64_t extent = tokens ? (tokens - 1) * token_stride + (cols - 1) * col_stride + 1 : 0;
+  Buffer x(extent * size, size, guarded), y(tokens * rows * size, size, guarded), bias(rows * size, size, guarded),
+      scale(rows * 4, 4, guarded);
+  x.fill(random);
+  bias.fill(random);
+  scale.fill(random);
+  Linear call{packed,
+              x_type,
+              tokens,
+              x.as<void>(),
+              token_stride,
+              col_stride,
+              y.as<void>(),
+              below(random, 2) ? bias.as<void>() : nullptr,
+              below(random, 2) ? scale.as<float>() : nullptr,
+              static_cast<Activation>(below(random, 5)),
+              nullptr};
+  Buffer prepared(cpu.prepared_bytes(call), 64, guarded);
+  call.prepared = prepared.as<void>();
+  cpu.prepare(call, 0, tokens);
+  bool corrupt = false;
+  for (int64_t s = 0; s < packed.shape.strips(); ++s) {  // one by one, as threads may share them out
+    Status status;
+    cpu.linear(call, s, s + 1, &status);
+    corrupt |= status.bad_tile >= 0;
+  }
+  if (tokens && corrupt == valid) {
+    std::fprintf(stderr, "linear calls a %s matrix %s\n", valid ? "valid" : "corrupt", corrupt ? "corrupt" : "valid");
+    std::exit(1);
+  }
+}
+
+void run_unpack(Random& random, const Cpu& cpu, const Packed& packed, bool valid, bool guarded) {
+  const bool scaled = below(random, 2);
+  const Type out_type = packed.type == Type::i8 && scaled ? Type::f32 : packed.type;
+  Buffer out(packed.shape.rows * packed.shape.cols * type_size(out_type), type_size(out_type), guarded),
+      scale(packed.shape.rows * 4, 4, guarded);
+  scale.fill(random);
+  bool corrupt = false;
+  for (int64_t s = 0; s < packed.shape.strips(); ++s) {
+    Status status;
+    cpu.unpack(packed, scaled ? scale.as<float>() : nullptr, out.as<void>(), out_type, s, s + 1, &status);
+    corrupt |= status.bad_tile >= 0;
+  }
+  if (corrupt == valid) {
+    std::fprintf(stderr, "unpack calls a %s matrix %s\n", valid ? "valid" : "corrupt", corrupt ? "corrupt" : "valid");
+    std::exit(1);
+  }
+}
+
+// Packing an exact buffer, contiguous or transposed.
+void run_pack(Random& random, const Cpu& cpu, const Shape& shape, Type type, bool guarded) {
+  Buffer w(shape.rows * shape.cols * type_size(type), type_size(type), guarded);
+  w.fill(random);
+  const bool transposed = below(random, 2);
+  const Dense dense{w.as<void>(), transposed ? 1 : shape.cols, transposed ? shape.rows : 1};
+  Buffer bitmap(shape.words() * 8, 8, guarded), offsets(shape.offsets() * 8, 8, guarded);
+  int64_t* ends = offsets.as<int64_t>();
+  ends[0] = 0;
+  cpu.count(shape, type, dense, bitmap.as<uint64_t>(), ends + 1, 0, shape.strips());
+  for (int64_t i = 1; i < shape.offsets(); ++i) ends[i] = ends[i - 1] + align_values(ends[i]);
+  const int64_t num_values = ends[shape.offsets() - 1] + kValuePad;
+  // The padding is csrc's to write: here it isn't even there.
+  Buffer values((num_values - kValuePad) * type_size(type), type_size(type), guarded);
+  cpu.fill({shape, type, values.as<void>(), num_values, bitmap.as<uint64_t>(), ends}, dense, 0, shape.strips());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) {
+    std::fprintf(stderr, "usage: fuzz_lscd LEVEL CASES SEED\n");
+    return 2;
+  }
+  const Cpu* const tables[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
+  const Cpu* cpu = nullptr;
+  for (int i = 0; i <= static_cast<int>(effk::supported_cpu_level()); ++i)
+    if (std::string(argv[1]) == effk::cpu_level_name(static_cast<effk::CpuLevel>(i))) cpu = tables[i];
+  if (!cpu) {
+    std::fprintf(stderr, "this machine has no level %s\n", argv[1]);
+    return 2;
+  }
+  Random random(std::strtoull(argv[3], nullptr, 10));
+  const int64_t cases = std::strtoll(argv[2], nullptr, 10);
+  int64_t valid_cases = 0, corrupt_cases = 0, refused = 0;
+  while (valid_cases + corrupt_cases < cases) {
+    const bool guarded = random() & 1;
+    Draft d = make(random);
+    if (below(random, 8) == 0) run_pack(random, *cpu, d.shape, d.type, guarded);
+    for (int64_t n = below(random, 4); n > 0; --n) damage(random, d);
+    if (d.offsets.front() != 0 || d.offsets.back() != d.num_values - kValuePad || d.num_values < kValuePad) {
+      ++refused;  // csrc raises before any kernel runs
+      continue;
+    }
+    const bool valid = is_valid(d);
+    ++(valid ? valid_cases : corrupt_cases);
+    Buffer values(d.num_values * type_size(d.type), type_size(d.type), guarded),
+        bitmap(d.bitmap.size() * 8, 8, guarded), offsets(d.offsets.size() * 8, 8, guarded);
+    values.fill(random);
+    std::copy(d.bitmap.begin(), d.bitmap.end(), bitmap.as<uint64_t>());
+    std::copy(d.offsets.begin(), d.offsets.end(), offsets.as<int64_t>());
+    const Packed packed{d.shape, d.type, values.as<void>(), d.num_values, bitmap.as<uint64_t>(), offsets.as<int64_t>()};
+    run_unpack(random, *cpu, packed, valid, guarded);
+    run_linear(random, *cpu, packed, valid, guarded);
+  }
+  std::printf("valid %lld corrupt %lld refused %lld\n", static_cast<long long>(valid_cases),
+              static_cast<long long>(corrupt_cases), static_cast<long long>(refused));
+}

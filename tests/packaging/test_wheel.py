@@ -1,0 +1,160 @@
+"""The wheel, built, looked into, installed and used on a machine with no compiler and no Triton."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one wheel for all of them
+
+
+def run(*command: object, **options: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the tree, without CUDA for speed: that library is packed by the same lines."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", folder)
+    run(*pip, folder / "source", env={**os.environ, "EFFK_CUDA": "0"})
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a new environment with effk from the wheel, and of this one only torch and what it imports."""
+    folder = tmp_path_factory.mktemp("env")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel)
+    shared = Path(torch.__file__).parents[1]
+    left_out = re.compile(r"effk|triton|__editable__|.*\.pth$|pip|setuptools|_distutils_hack")
+    for entry in shared.iterdir():
+        if not left_out.match(entry.name) and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+    return python
+
+
+def call(python: Path, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the new environment's Python elsewhere, with nothing on PATH and nothing inherited."""
+    (folder / "empty").mkdir(exist_ok=True)
+    clean = {"PATH": str(folder / "empty"), "HOME": str(folder), **environment}
+    return subprocess.run([python, *arguments], capture_output=True, text=True, cwd=folder, env=clean)
+
+
+USE = """
+import torch, effk, importlib.util, shutil
+assert importlib.util.find_spec("triton") is None and shutil.which("g++") is None
+w = torch.tensor([[1.0, 0, -2], [0, 0, 0.5]])
+packed = torch.ops.effk.lscd_pack(w)
+y = torch.ops.effk.lscd_linear(torch.ones(1, 3), *packed, 2, 3)
+assert y.tolist() == [[-1.0, 0.5]], y
+print(effk.__file__)
+"""
+
+
+def test_tag(wheel: Path) -> None:
+    """One wheel for every Python 3."""
+    assert re.fullmatch(r"effk-[\d.]+-py3-none-(linux|manylinux\w+)_\w+\.whl", wheel.name)
+
+
+def test_contents(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {"effk/py.typed", "effk/lib/libeffk_cpu.so"}
+    for source, target in (("python_api", "effk"), ("kernels", "effk/kernels"), ("perf", "effk/perf")):
+        for path in (ROOT / source).rglob("*"):
+            if path.suffix in (".py", ".h", ".cuh", ".cpp") and "__pycache__" not in path.parts:
+                wanted.add(f"{target}/{path.relative_to(ROOT / source)}")
+    assert wanted <= names, f"missing: {sorted(wanted - names)}"
+    extra = {n for n in names - wanted if ".dist-info/" not in n}
+    assert all(n.startswith("effk/perf/") or n.startswith("effk/lib/") for n in extra), sorted(extra)
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_library_needs_only_torch_and_the_system(wheel: Path, tmp_path: Path) -> None:
+    """No libpython (any Python will do) and no OpenMP of its own (a second one breaks torch's)."""
+    library = Path(zipfile.ZipFile(wheel).extract("effk/lib/libeffk_cpu.so", tmp_path))
+    dynamic = run("readelf", "-d", library)
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    allowed = re.compile(r"libtorch_cpu\.so|libc10\.so|lib(c|m|stdc\+\+|gcc_s|dl|pthread|rt)\.so\.\d+|ld-linux-.*")
+    assert "libtorch_cpu.so" in needed
+    assert not [n for n in needed if not allowed.fullmatch(n)], needed
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+def test_no_path_of_the_build_inside(wheel: Path, tmp_path: Path) -> None:
+    library = Path(zipfile.ZipFile(wheel).extract("effk/lib/libeffk_cpu.so", tmp_path)).read_bytes()
+    for place in (wheel.parent, ROOT, Path(torch.__file__).parent, Path.home()):
+        assert len(place.parts) < 2 or os.fsencode(place) + b"/" not in library, place
+
+
+def test_works_without_compiler_and_triton(installed: Path, tmp_path: Path) -> None:
+    done = call(installed, tmp_path, "-c", USE)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(installed.parents[1])
+
+
+def test_status_command(installed: Path, tmp_path: Path) -> None:
+    done = call(installed, tmp_path, "-m", "effk")
+    assert done.returncode == 0, done.stderr
+    assert '"cpu_level"' in done.stdout and "triton" in done.stdout
+
+
+def test_reference_can_be_forced(installed: Path, tmp_path: Path) -> None:
+    done = call(installed, tmp_path, "-c", USE, EFFK_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [
+        ("EFFK_CPU_LEVEL", "nonsense"),
+        ("EFFK_BACKEND", "nonsense"),
+        ("EFFK_BACKEND", "triton"),
+        ("EFFK_BACKEND", "cpu-nonsense"),
+    ],
+)
+def test_forcing_what_is_absent_raises(installed: Path, tmp_path: Path, variable: str, value: str) -> None:
+    done = call(installed, tmp_path, "-c", "import effk", **{variable: value})
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"(RuntimeError|ValueError): effk: ", last) and value in last
+
+
+def test_every_level_can_be_forced(installed: Path, tmp_path: Path) -> None:
+    code = "import effk; print(*effk.status()['cpu_levels'])"
+    for level in call(installed, tmp_path, "-c", code).stdout.split():
+        code = f"import effk; assert effk.status()['cpu_level'] == {level!r}"
+        for variable, value in (("EFFK_CPU_LEVEL", level), ("EFFK_BACKEND", f"cpu-{level}")):
+            done = call(installed, tmp_path, "-c", code, **{variable: value})
+            assert done.returncode == 0, done.stderr
+
+
+def test_missing_library_is_no_import_error(installed: Path, tmp_path: Path) -> None:
+    """It is a fact for effk.status()."""
+    package = Path(call(installed, tmp_path, "-c", "import effk; print(effk.__file__)").stdout.strip()).parent
+    shutil.copytree(package, tmp_path / "effk", ignore=shutil.ignore_patterns("lib"))
+    done = call(installed, tmp_path, "-c", "import effk; print(effk.status()['libraries']['cpu'])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "missing: not built"
