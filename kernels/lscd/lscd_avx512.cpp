@@ -377,19 +377,22 @@ void multiply_panel_of(int64_t tokens, const Args&... args) {
   }
 }
 
-// Expands the tiles [t0, t1) of a strip; false when one is corrupt.
+// Expands the tiles [t0, t1) of a strip, fetching the words of a later block; false when a tile is corrupt.
 template <class M, class V>
-bool expand_block(const Packed& p, int64_t s, int64_t t0, int64_t t1, char* panel, Status* status) {
+bool expand_block(const Packed& p, int64_t s, int64_t t0, int64_t t1, char* panel, const uint64_t* next_words,
+                  Status* status) {
   for (int64_t t = t0; t < t1; ++t) {
     const Tile tile = tile_at(p, s, t);
     if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
     const V* const first = static_cast<const V*>(p.values) + tile.begin;
     const V* v = first;
-    for (int64_t c = 0; c < tile.sub_cols; ++c, panel += kPanelGroups * 64)
+    for (int64_t c = 0; c < tile.sub_cols; ++c, panel += kPanelGroups * 64, next_words += kStripSubs) {
+      __builtin_prefetch(next_words);
 #pragma GCC unroll 2
       for (int h = 0; h < kStripSubs; ++h)
         M::decode(tile.words[c * kStripSubs + h], v,
                   [&](auto g, typename M::Register w) { M::store(panel + (h * M::kGroups + g.value) * 64, w); });
+    }
     if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
   }
   return true;
@@ -416,15 +419,18 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s0, int64_t s1, Panel<
   for (int64_t t = 0; t < tiles; t = block_end(t)) {
     const int64_t t1 = block_end(t), end = t1 * kTileSubCols < sub_cols ? t1 * kTileSubCols : sub_cols;
     for (int64_t s = s0; s < s1; s += M::kPanelStrips) {
+      // The block after this one: of the next strips, else of the next tiles, else of the next group of strips.
+      const bool down = s + M::kPanelStrips < s1, right = !down && t1 < tiles;
+      const int64_t next_s = down ? s + M::kPanelStrips : right ? s0 : s1, next_t = down ? t : right ? t1 : 0;
       Ahead ahead[M::kPanelStrips];
       for (int64_t i = 0; i < M::kPanelStrips; ++i) {
         // Where the last panel has fewer strips, what it holds of an earlier one is multiplied and dropped.
-        if (s + i < s1 && !expand_block<M, V>(a.w, s + i, t, t1, work.weights + i * P::kStripGroups * 64, status))
+        if (s + i >= s1) continue;
+        const bool more = next_s + i < a.w.shape.strips();
+        const uint64_t* next_words = tile_at(a.w, more ? next_s + i : s + i, more ? next_t : t).words;
+        if (!expand_block<M, V>(a.w, s + i, t, t1, work.weights + i * P::kStripGroups * 64, next_words, status))
           return false;
-        if (const int64_t next = s + i + M::kPanelStrips; next < s1)
-          ahead[i] = values_of<V>(a.w, next, t, t1);
-        else if (s0 + i < s1 && t1 < tiles)
-          ahead[i] = values_of<V>(a.w, s0 + i, t1, block_end(t1));
+        if (more) ahead[i] = values_of<V>(a.w, next_s + i, next_t, block_end(next_t));
       }
       auto& sums = work.sums[(s - s0) / M::kPanelStrips];
       for (int64_t i = 0; i < parts; ++i) {  // as even as can be
@@ -579,12 +585,6 @@ void linear_sparse(const Linear& a, int64_t s0, int64_t s1, Status* status) {
 
 template <class M, class V, class X>
 void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
-  for (int64_t s = s0; s < s1; ++s)
-    if (!strip_inside(a.w, s)) {
-      status->bad_tile = s * a.w.shape.tiles();
-      return;
-    }
-  if (computes_as_sparse(a)) return linear_sparse<M, V, X>(a, s0, s1, status);
   bool (*direct)(const Linear&, int64_t, Status*) = nullptr;
   switch (a.tokens) {
     case 1:
@@ -603,16 +603,22 @@ void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
       if constexpr (M::kDirectTokens >= 5) direct = linear_direct<M, V, X, 5>;
       break;
   }
-  if (direct) {
-    for (int64_t s = s0; s < s1; ++s)
-      if (!direct(a, s, status)) return;
-    return;
+  if (computes_as_sparse(a)) {
+    linear_sparse<M, V, X>(a, s0, s1, status);
+  } else if (direct) {
+    for (int64_t s = s0; s < s1 && direct(a, s, status); ++s) {
+    }
+  } else {
+    const Buffer<Panel<M>> work;
+    for (int64_t chunk = 0; chunk < a.tokens; chunk += kChunk)
+      for (int64_t s = s0; s < s1; s += kGroupStrips)
+        if (!linear_chunk<M, V, X>(a, chunk, s, s + kGroupStrips < s1 ? s + kGroupStrips : s1, *work.get(), status))
+          return;
   }
-  const Buffer<Panel<M>> work;
-  for (int64_t chunk = 0; chunk < a.tokens; chunk += kChunk)
-    for (int64_t s = s0; s < s1; s += kGroupStrips)
-      if (!linear_chunk<M, V, X>(a, chunk, s, s + kGroupStrips < s1 ? s + kGroupStrips : s1, *work.get(), status))
-        return;
+
+  // In the end, when the words are in the cache.
+  for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
+    if (!strip_inside(a.w, s)) status->bad_tile = s * a.w.shape.tiles();
 }
 
 // --- Packing --------------------------------------------------------------------------------------------------------
