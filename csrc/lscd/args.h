@@ -1,6 +1,8 @@
 // The argument checks of lscd, shared by its CPU and CUDA sides.
 #pragma once
 
+#include <algorithm>
+
 #include "../../kernels/lscd/lscd.h"
 #include "../common/check.h"
 
@@ -10,21 +12,18 @@ namespace {
 inline Type type_of(const char* op, const char* arg, const Tensor& t) {
   check::dtype(op, arg, t, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char});
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::Half:
-      return Type::f16;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    default:
-      return Type::i8;
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
+    default: return Type::i8;
   }
 }
 
+// Of a matrix: bounds what sizes can multiply to.
+constexpr int64_t kMaxSide = int64_t{1} << 31;
+
 inline Packed check_packed(const char* op, const Tensor& values, const Tensor& bitmap, const Tensor& offsets,
                            int64_t rows, int64_t cols) {
-  // Bounds what the sizes below can multiply to.
-  constexpr int64_t kMaxSide = int64_t{1} << 31;
   EFFK_CHECK(rows >= 0 && rows <= kMaxSide && cols >= 0 && cols <= kMaxSide, op, "rows and cols are ", rows, " and ",
              cols, "; wanted 0 to 2^31");
   const Shape shape{rows, cols};
@@ -87,8 +86,14 @@ inline LinearCall check_linear(const Tensor& x, const Tensor& values, const Tens
   const auto sizes = x.sizes();
   std::vector<int64_t> y_sizes(sizes.begin(), sizes.end());
   y_sizes.back() = rows;
+  // An expanded x costs nothing, whatever its size; so that kernels can count bytes, it has an end.
+  const int64_t most = (int64_t{1} << 56) / std::max<int64_t>(1, w.shape.padded_cols());
   int64_t tokens = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) tokens *= sizes[i];
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) {
+    EFFK_CHECK(sizes[i] == 0 || tokens <= most / sizes[i], op, "x has shape ", check::str(sizes), "; wanted at most ",
+               most, " tokens");
+    tokens *= sizes[i];
+  }
   call.x = x.dim() == 2 ? x : torch::stable::reshape(x, {tokens, cols});
   call.y = torch::stable::new_empty(x, y_sizes);
   const void* bias_data = nullptr;
@@ -123,6 +128,8 @@ inline Tensor check_pack(const Tensor& w, std::optional<ScalarType> dtype) {
   constexpr const char* op = "lscd_pack";
   type_of(op, "w", w);
   check::shape(op, "w", w, {check::kAny, check::kAny});
+  EFFK_CHECK(w.size(0) <= kMaxSide && w.size(1) <= kMaxSide, op, "w has shape ", check::str(w.sizes()),
+             "; wanted at most 2^31 rows and columns");
   if (!dtype || *dtype == w.scalar_type()) return w;
   const bool float_to_float =
       w.scalar_type() != ScalarType::Char &&

@@ -34,14 +34,10 @@ struct TypeOf<Type::i8> {
 template <class F>
 inline void with_type(Type t, const F& f) {
   switch (t) {
-    case Type::f32:
-      return f(static_cast<float*>(nullptr));
-    case Type::f16:
-      return f(static_cast<Half*>(nullptr));
-    case Type::bf16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case Type::i8:
-      return f(static_cast<int8_t*>(nullptr));
+    case Type::f32: return f(static_cast<float*>(nullptr));
+    case Type::f16: return f(static_cast<Half*>(nullptr));
+    case Type::bf16: return f(static_cast<BFloat16*>(nullptr));
+    case Type::i8: return f(static_cast<int8_t*>(nullptr));
   }
 }
 
@@ -65,9 +61,9 @@ inline Tile tile_at(const Packed& p, int64_t s, int64_t t) {
           p.offsets[index + 1]};
 }
 
-// Whether reading a tile's values, however many bits its words have, stays inside of `values`. The kernels count
-// the values as they go and compare in the end (tile_complete); only near the end of `values`, where a wrong count
-// could lead out of it, is the count made first.
+// Whether reading a tile's values, however many bits its words have, stays inside of `values`. read_tile() counts the
+// values as they are read and compares in the end; only near the end of `values`, where a wrong count could lead out of
+// it, is the count made first.
 inline bool tile_in_bounds(const Packed& p, const Tile& tile) {
   const int64_t limit = p.num_values - kValuePad;
   if (tile.begin < 0 || tile.end < tile.begin || tile.end > limit) return false;
@@ -77,7 +73,20 @@ inline bool tile_in_bounds(const Packed& p, const Tile& tile) {
   return align_values(ones) == tile.end - tile.begin;
 }
 
-inline bool tile_complete(const Tile& tile, int64_t used) { return align_values(used) == tile.end - tile.begin; }
+// Calls f(tile, v), which reads the values of tile t of strip s from v on and advances v. False when the tile is
+// corrupt: then its sums are worthless, but nothing outside of `values` was read.
+template <class V, class F>
+inline bool read_tile(const Packed& p, int64_t s, int64_t t, Status* status, const F& f) {
+  const Tile tile = tile_at(p, s, t);
+  if (tile_in_bounds(p, tile)) {
+    const V* const first = static_cast<const V*>(p.values) + tile.begin;
+    const V* v = first;
+    f(tile, v);
+    if (align_values(v - first) == tile.end - tile.begin) return true;
+  }
+  status->bad_tile = tile.index;
+  return false;
+}
 
 // Whether all stored weights of strip s are inside of the matrix.
 inline bool strip_inside(const Packed& p, int64_t s) {
@@ -111,16 +120,11 @@ inline void fetch_ahead(const V* v, const uint64_t* words) {
 
 inline float activate(float v, Activation a) {
   switch (a) {
-    case Activation::none:
-      return v;
-    case Activation::relu:
-      return v < 0 ? 0 : v;  // NaN stays
-    case Activation::gelu:
-      return 0.5f * v * (1 + std::erf(v * 0.70710678118654752f));
-    case Activation::gelu_tanh:
-      return 0.5f * v * (1 + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case Activation::silu:
-      return v / (1 + std::exp(-v));
+    case Activation::none: return v;
+    case Activation::relu: return v < 0 ? 0 : v;  // NaN stays
+    case Activation::gelu: return 0.5f * v * (1 + std::erf(v * 0.70710678118654752f));
+    case Activation::gelu_tanh: return 0.5f * v * (1 + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case Activation::silu: return v / (1 + std::exp(-v));
   }
   return v;
 }
@@ -138,6 +142,45 @@ inline void finish(const Linear& a, int64_t s, int64_t token, const float* sums)
     from_float(activate(v, a.activation), &y[r]);
   }
 }
+
+// The entries of a level's table that are the same for all but what they do with one strip. Level has count, fill and
+// unpack of a strip as member templates of the weights' type, and linear of a range of strips.
+template <class Level>
+struct Entries {
+  static void count(const Shape& shape, Type type, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s0,
+                    int64_t s1) {
+    if (!Level::kAnyStride && w.col_stride != 1) return cpu_scalar.count(shape, type, w, bitmap, counts, s0, s1);
+    with_type(type, [&]<class V>(V*) {
+      for (int64_t s = s0; s < s1; ++s) Level::template count<V>(shape, w, bitmap, counts, s);
+    });
+  }
+  static void fill(const Packed& p, const Dense& w, int64_t s0, int64_t s1) {
+    if (!Level::kAnyStride && w.col_stride != 1) return cpu_scalar.fill(p, w, s0, s1);
+    with_type(p.type, [&]<class V>(V*) {
+      for (int64_t s = s0; s < s1; ++s) Level::template fill<V>(p, w, s);
+    });
+  }
+  static void unpack(const Packed& p, const float* scale, void* out, Type out_type, int64_t s0, int64_t s1,
+                     Status* status) {
+    with_type(p.type, [&]<class V>(V*) {
+      for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s) {
+        if (out_type == p.type)
+          Level::template unpack<V>(p, scale, static_cast<V*>(out), s, status);
+        else
+          Level::template unpack<V>(p, scale, static_cast<float*>(out), s, status);
+      }
+    });
+    check_inside(p, s0, s1, status);
+  }
+  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+    Level::linear(a, s0, s1, status);
+    check_inside(a.w, s0, s1, status);
+  }
+  static void check_inside(const Packed& p, int64_t s0, int64_t s1, Status* status) {
+    for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
+      if (!strip_inside(p, s)) status->bad_tile = s * p.shape.tiles();
+  }
+};
 
 }  // namespace
 }  // namespace effk::lscd

@@ -138,11 +138,7 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
   for (int h = 0; h < kStripSubs; ++h) {
     __m256 acc[kSub];
     for (auto& sum : acc) sum = _mm256_setzero_ps();
-    for (int64_t t = 0; t < a.w.shape.tiles(); ++t) {
-      const Tile tile = tile_at(a.w, s, t);
-      if (!tile_in_bounds(a.w, tile)) return status->bad_tile = tile.index, false;
-      const V* const first = static_cast<const V*>(a.w.values) + tile.begin;
-      const V* v = first;
+    const auto add_tile = [&](const Tile& tile, const V*& v) {
       for (int64_t c = 0; c < tile.sub_cols; ++c) {
         if (h == 0 && c % 2 == 0) fetch_ahead(v, tile.words + 2 * c);
         const uint64_t upper = tile.words[2 * c], lower = tile.words[2 * c + 1];
@@ -152,8 +148,9 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
                     [&](int r, auto w) { acc[r] = _mm256_fmadd_ps(Row<V>::floats(w), inputs, acc[r]); });
         if (h == 0) v += popcount(lower);
       }
-      if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
-    }
+    };
+    for (int64_t t = 0; t < a.w.shape.tiles(); ++t)
+      if (!read_tile<V>(a.w, s, t, status, add_tile)) return false;
     for (int r = 0; r < kSub; ++r) sums[h * kSub + r] = sum_lanes(acc[r]);
   }
   finish<X>(a, s, 0, sums);
@@ -199,31 +196,25 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s, Panel& work, Status
   const int64_t tokens = a.tokens - chunk < kChunk ? a.tokens - chunk : kChunk;
   if (tiles == 0) std::memset(work.sums, 0, sizeof work.sums);
   for (int64_t t = 0; t < tiles; ++t) {
-    const Tile tile = tile_at(a.w, s, t);
-    if (!tile_in_bounds(a.w, tile)) return status->bad_tile = tile.index, false;
-    const V* const first = static_cast<const V*>(a.w.values) + tile.begin;
-    const V* v = first;
-    for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i)
-      expand_rows(tile.words[i], v, [&](int r, auto w) {
-        const int64_t row = i % kStripSubs * kSub + r;
-        _mm256_store_ps(work.weights[row / 4][i / kStripSubs][row % 4], Row<V>::floats(w));
-      });
-    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
+    const bool good = read_tile<V>(a.w, s, t, status, [&](const Tile& tile, const V*& v) {
+      for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i)
+        expand_rows(tile.words[i], v, [&](int r, auto w) {
+          const int64_t row = i % kStripSubs * kSub + r;
+          _mm256_store_ps(work.weights[row / 4][i / kStripSubs][row % 4], Row<V>::floats(w));
+        });
+    });
+    if (!good) return false;
 
+    const int64_t sub_cols = tile_at(a.w, s, t).sub_cols;
     for (int64_t n = 0; n < tokens; n += 3) {
       const float* x = static_cast<const float*>(a.prepared) + (chunk + n) * padded + t * kTileCols;
       for (int quarter = 0; quarter < 4; ++quarter) {
         const float* weights = work.weights[quarter][0][0];
         float* sums = work.sums[n][quarter * 4];
         switch (tokens - n) {
-          case 1:
-            multiply_panel<1>(weights, tile.sub_cols, x, padded, t == 0, sums);
-            break;
-          case 2:
-            multiply_panel<2>(weights, tile.sub_cols, x, padded, t == 0, sums);
-            break;
-          default:
-            multiply_panel<3>(weights, tile.sub_cols, x, padded, t == 0, sums);
+          case 1: multiply_panel<1>(weights, sub_cols, x, padded, t == 0, sums); break;
+          case 2: multiply_panel<2>(weights, sub_cols, x, padded, t == 0, sums); break;
+          default: multiply_panel<3>(weights, sub_cols, x, padded, t == 0, sums);
         }
       }
     }
@@ -238,11 +229,6 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s, Panel& work, Status
 
 template <class V, class X>
 void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
-  for (int64_t s = s0; s < s1; ++s)
-    if (!strip_inside(a.w, s)) {
-      status->bad_tile = s * a.w.shape.tiles();
-      return;
-    }
   if (a.tokens == 1) {
     for (int64_t s = s0; s < s1; ++s)
       if (!linear_direct<V, X>(a, s, status)) return;
@@ -309,13 +295,9 @@ void fill_strip(const Packed& p, const Dense& w, int64_t s) {
 
 // --- Unpacking ------------------------------------------------------------------------------------------------------
 template <class V, class Out>
-bool unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
   const int64_t stride = p.shape.cols;
-  for (int64_t t = 0; t < p.shape.tiles(); ++t) {
-    const Tile tile = tile_at(p, s, t);
-    if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
-    const V* const first = static_cast<const V*>(p.values) + tile.begin;
-    const V* v = first;
+  const auto write_tile = [&](const Tile& tile, const V*& v) {
     for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
       const int64_t row = s * kStripRows + i % kStripSubs * kSub, col = (tile.sub_col + i / kStripSubs) * kSub;
       const int64_t rows = p.shape.rows - row, left = p.shape.cols - col, cols = left < kSub ? left : kSub;
@@ -337,51 +319,43 @@ bool unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Stat
           }
       });
     }
-    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
-  }
-  if (!strip_inside(p, s)) return status->bad_tile = s * p.shape.tiles(), false;
-  return true;
+  };
+  for (int64_t t = 0; t < p.shape.tiles(); ++t)
+    if (!read_tile<V>(p, s, t, status, write_tile)) return;
 }
 
-constexpr Cpu kTable = {
-    .count =
-        [](const Shape& shape, Type type, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s0, int64_t s1) {
-          if (w.col_stride != 1) return cpu_scalar.count(shape, type, w, bitmap, counts, s0, s1);
-          with_type(type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) count_strip<V>(shape, w, bitmap, counts, s);
-          });
-        },
-    .fill =
-        [](const Packed& p, const Dense& w, int64_t s0, int64_t s1) {
-          if (w.col_stride != 1) return cpu_scalar.fill(p, w, s0, s1);
-          with_type(p.type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) fill_strip<V>(p, w, s);
-          });
-        },
-    .unpack =
-        [](const Packed& p, const float* scale, void* out, Type out_type, int64_t s0, int64_t s1, Status* status) {
-          with_type(p.type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) {
-              const bool good = out_type == p.type ? unpack_strip<V>(p, scale, static_cast<V*>(out), s, status)
-                                                   : unpack_strip<V>(p, scale, static_cast<float*>(out), s, status);
-              if (!good) return;
-            }
-          });
-        },
-    .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
-    .prepare = [](const Linear& a, int64_t t0,
-                  int64_t t1) { with_type(a.x_type, [&]<class X>(X*) { prepare<X>(a, t0, t1); }); },
-    .linear =
-        [](const Linear& a, int64_t s0, int64_t s1, Status* status) {
-          with_type(a.x_type, [&]<class X>(X*) {
-            if constexpr (!std::is_same_v<X, int8_t>)
-              a.w.type == a.x_type ? linear<X, X>(a, s0, s1, status) : linear<int8_t, X>(a, s0, s1, status);
-          });
-        },
+struct Avx2 {
+  static constexpr bool kAnyStride = false;
+  template <class V>
+  static void count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+    count_strip<V>(shape, w, bitmap, counts, s);
+  }
+  template <class V>
+  static void fill(const Packed& p, const Dense& w, int64_t s) {
+    fill_strip<V>(p, w, s);
+  }
+  template <class V, class Out>
+  static void unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+    unpack_strip<V>(p, scale, out, s, status);
+  }
+  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+    with_type(a.x_type, [&]<class X>(X*) {
+      if constexpr (!std::is_same_v<X, int8_t>)
+        a.w.type == a.x_type ? lscd::linear<X, X>(a, s0, s1, status) : lscd::linear<int8_t, X>(a, s0, s1, status);
+    });
+  }
 };
 
 }  // namespace
 
-constinit const Cpu cpu_avx2 = kTable;
+constinit const Cpu cpu_avx2 = {
+    .count = Entries<Avx2>::count,
+    .fill = Entries<Avx2>::fill,
+    .unpack = Entries<Avx2>::unpack,
+    .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
+    .prepare = [](const Linear& a, int64_t t0,
+                  int64_t t1) { with_type(a.x_type, [&]<class X>(X*) { prepare<X>(a, t0, t1); }); },
+    .linear = Entries<Avx2>::linear,
+};
 
 }  // namespace effk::lscd

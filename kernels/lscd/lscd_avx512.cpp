@@ -256,11 +256,8 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
     for (auto& token : set)
       for (auto& sum : token) sum = _mm512_setzero_ps();
 
-  for (int64_t t = 0; t < a.w.shape.tiles(); ++t) {
-    const Tile tile = tile_at(a.w, s, t);
-    if (!tile_in_bounds(a.w, tile)) return status->bad_tile = tile.index, false;
-    const V* const first = static_cast<const V*>(a.w.values) + tile.begin;
-    const V* v = first;
+  const auto add_tile = [&](const Tile& tile, const V*& v) {
+    const int64_t t = tile.sub_col / kTileSubCols;
     const typename M::X* x = layout.at(0, t);
     const int64_t stride = layout.block_cols(t);
     const uint64_t* words = tile.words;
@@ -283,8 +280,9 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
           });
       }
     }
-    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
-  }
+  };
+  for (int64_t t = 0; t < a.w.shape.tiles(); ++t)
+    if (!read_tile<V>(a.w, s, t, status, add_tile)) return false;
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     if constexpr (kSets == 2)
@@ -368,12 +366,9 @@ void multiply_panel(const char* panel, int64_t sub_cols, const typename M::X* x,
 template <class M, class... Args>
 void multiply_panel_of(int64_t tokens, const Args&... args) {
   switch (tokens) {
-    case 1:
-      return multiply_panel<M, 1>(args...);
-    case 2:
-      return multiply_panel<M, 2>(args...);
-    case 3:
-      return multiply_panel<M, 3>(args...);
+    case 1: return multiply_panel<M, 1>(args...);
+    case 2: return multiply_panel<M, 2>(args...);
+    case 3: return multiply_panel<M, 3>(args...);
   }
 }
 
@@ -381,11 +376,7 @@ void multiply_panel_of(int64_t tokens, const Args&... args) {
 template <class M, class V>
 bool expand_block(const Packed& p, int64_t s, int64_t t0, int64_t t1, char* panel, const uint64_t* next_words,
                   Status* status) {
-  for (int64_t t = t0; t < t1; ++t) {
-    const Tile tile = tile_at(p, s, t);
-    if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
-    const V* const first = static_cast<const V*>(p.values) + tile.begin;
-    const V* v = first;
+  const auto expand_tile = [&](const Tile& tile, const V*& v) {
     for (int64_t c = 0; c < tile.sub_cols; ++c, panel += kPanelGroups * 64, next_words += kStripSubs) {
       __builtin_prefetch(next_words);
 #pragma GCC unroll 2
@@ -393,8 +384,9 @@ bool expand_block(const Packed& p, int64_t s, int64_t t0, int64_t t1, char* pane
         M::decode(tile.words[c * kStripSubs + h], v,
                   [&](auto g, typename M::Register w) { M::store(panel + (h * M::kGroups + g.value) * 64, w); });
     }
-    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
-  }
+  };
+  for (int64_t t = t0; t < t1; ++t)
+    if (!read_tile<V>(p, s, t, status, expand_tile)) return false;
   return true;
 }
 
@@ -547,18 +539,13 @@ void linear_sparse(const Linear& a, int64_t s0, int64_t s1, Status* status) {
       std::memset(work->sums, 0, sizeof work->sums);
       for (int64_t t = 0; t < a.w.shape.tiles(); ++t)
         for (int64_t s = g0; s < g1; ++s) {
-          const Tile tile = tile_at(a.w, s, t);
-          int64_t used = -1;
-          if (tile_in_bounds(a.w, tile) && tile.end - tile.begin <= kTileWeights) {
-            const V* v = static_cast<const V*>(a.w.values) + tile.begin;
-            for (int64_t i = 0; i < tile.end - tile.begin; i += 16) _mm512_store_ps(work->values + i, widen(v + i));
-            used = multiply_sparse(tile, work->values, lanes.at(chunk, t * kTileCols),
-                                   work->sums + (s - g0) * kStripFloats);
-          }
-          if (used < 0 || !tile_complete(tile, used)) {
-            status->bad_tile = tile.index;
-            return;
-          }
+          const bool good = read_tile<V>(a.w, s, t, status, [&](const Tile& tile, const V*& v) {
+            const int64_t held = tile.end - tile.begin, stored = held < kTileWeights ? held : kTileWeights;
+            for (int64_t i = 0; i < stored; i += 16) _mm512_store_ps(work->values + i, widen(v + i));
+            v += multiply_sparse(tile, work->values, lanes.at(chunk, t * kTileCols),
+                                 work->sums + (s - g0) * kStripFloats);
+          });
+          if (!good) return;
         }
       const int64_t rest = a.tokens - chunk, tokens = rest < kLaneTokens ? rest : kLaneTokens;
       const __m512i every = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -587,15 +574,9 @@ template <class M, class V, class X>
 void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
   bool (*direct)(const Linear&, int64_t, Status*) = nullptr;
   switch (a.tokens) {
-    case 1:
-      direct = linear_direct<M, V, X, 1>;
-      break;
-    case 2:
-      direct = linear_direct<M, V, X, 2>;
-      break;
-    case 3:
-      direct = linear_direct<M, V, X, 3>;
-      break;
+    case 1: direct = linear_direct<M, V, X, 1>; break;
+    case 2: direct = linear_direct<M, V, X, 2>; break;
+    case 3: direct = linear_direct<M, V, X, 3>; break;
     case 4:
       if constexpr (M::kDirectTokens >= 4) direct = linear_direct<M, V, X, 4>;
       break;
@@ -615,10 +596,6 @@ void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
         if (!linear_chunk<M, V, X>(a, chunk, s, s + kGroupStrips < s1 ? s + kGroupStrips : s1, *work.get(), status))
           return;
   }
-
-  // In the end, when the words are in the cache.
-  for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
-    if (!strip_inside(a.w, s)) status->bad_tile = s * a.w.shape.tiles();
 }
 
 // --- Packing --------------------------------------------------------------------------------------------------------
@@ -790,13 +767,9 @@ void scale_sub_tile(uint64_t m, const V* v, const float* scale, int64_t rows, Ou
 }
 
 template <class V, class Out>
-bool unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
   const int64_t stride = p.shape.cols;
-  for (int64_t t = 0; t < p.shape.tiles(); ++t) {
-    const Tile tile = tile_at(p, s, t);
-    if (!tile_in_bounds(p, tile)) return status->bad_tile = tile.index, false;
-    const V* const first = static_cast<const V*>(p.values) + tile.begin;
-    const V* v = first;
+  const auto write_tile = [&](const Tile& tile, const V*& v) {
     for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
       const int64_t row = s * kStripRows + i % kStripSubs * kSub, col = (tile.sub_col + i / kStripSubs) * kSub;
       const int64_t rows = p.shape.rows - row, cols = p.shape.cols - col;  // still to come
@@ -815,37 +788,47 @@ bool unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Stat
         }
       v += popcount(m);
     }
-    if (!tile_complete(tile, v - first)) return status->bad_tile = tile.index, false;
-  }
-  if (!strip_inside(p, s)) return status->bad_tile = s * p.shape.tiles(), false;
-  return true;
+  };
+  for (int64_t t = 0; t < p.shape.tiles(); ++t)
+    if (!read_tile<V>(p, s, t, status, write_tile)) return;
 }
 
-constexpr Cpu kTable = {
-    .count =
-        [](const Shape& shape, Type type, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s0, int64_t s1) {
-          if (w.col_stride != 1) return cpu_scalar.count(shape, type, w, bitmap, counts, s0, s1);
-          with_type(type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) count_strip<V>(shape, w, bitmap, counts, s);
-          });
-        },
-    .fill =
-        [](const Packed& p, const Dense& w, int64_t s0, int64_t s1) {
-          if (w.col_stride != 1) return cpu_scalar.fill(p, w, s0, s1);
-          with_type(p.type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) fill_strip<V>(p, w, s);
-          });
-        },
-    .unpack =
-        [](const Packed& p, const float* scale, void* out, Type out_type, int64_t s0, int64_t s1, Status* status) {
-          with_type(p.type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) {
-              const bool good = out_type == p.type ? unpack_strip<V>(p, scale, static_cast<V*>(out), s, status)
-                                                   : unpack_strip<V>(p, scale, static_cast<float*>(out), s, status);
-              if (!good) return;
-            }
-          });
-        },
+struct Avx512 {
+  static constexpr bool kAnyStride = false;
+  template <class V>
+  static void count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+    count_strip<V>(shape, w, bitmap, counts, s);
+  }
+  template <class V>
+  static void fill(const Packed& p, const Dense& w, int64_t s) {
+    fill_strip<V>(p, w, s);
+  }
+  template <class V, class Out>
+  static void unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+    unpack_strip<V>(p, scale, out, s, status);
+  }
+  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+    const bool i8 = a.w.type == Type::i8;
+    switch (a.x_type) {
+      case Type::f32:
+        return i8 ? lscd::linear<Float32Math, int8_t, float>(a, s0, s1, status)
+                  : lscd::linear<Float32Math, float, float>(a, s0, s1, status);
+      case Type::f16:
+        return i8 ? lscd::linear<Float32Math, int8_t, Half>(a, s0, s1, status)
+                  : lscd::linear<Float32Math, Half, Half>(a, s0, s1, status);
+      default:
+        return i8 ? lscd::linear<BFloat16Math, int8_t, BFloat16>(a, s0, s1, status)
+                  : lscd::linear<BFloat16Math, BFloat16, BFloat16>(a, s0, s1, status);
+    }
+  }
+};
+
+}  // namespace
+
+constinit const Cpu cpu_avx512 = {
+    .count = Entries<Avx512>::count,
+    .fill = Entries<Avx512>::fill,
+    .unpack = Entries<Avx512>::unpack,
     .prepared_bytes = [](const Linear& a) -> int64_t {
       if (computes_as_sparse(a)) return Lanes(a).bytes();
       return a.tokens * a.w.shape.padded_cols() * (a.x_type == Type::bf16 ? 2 : 4);
@@ -854,33 +837,12 @@ constexpr Cpu kTable = {
         [](const Linear& a, int64_t t0, int64_t t1) {
           const bool sparse = computes_as_sparse(a);
           switch (a.x_type) {
-            case Type::f32:
-              return sparse ? prepare_lanes<float>(a, t0, t1) : prepare<Float32Math, float>(a, t0, t1);
-            case Type::f16:
-              return sparse ? prepare_lanes<Half>(a, t0, t1) : prepare<Float32Math, Half>(a, t0, t1);
-            default:
-              return sparse ? prepare_lanes<BFloat16>(a, t0, t1) : prepare<BFloat16Math, BFloat16>(a, t0, t1);
+            case Type::f32: return sparse ? prepare_lanes<float>(a, t0, t1) : prepare<Float32Math, float>(a, t0, t1);
+            case Type::f16: return sparse ? prepare_lanes<Half>(a, t0, t1) : prepare<Float32Math, Half>(a, t0, t1);
+            default: return sparse ? prepare_lanes<BFloat16>(a, t0, t1) : prepare<BFloat16Math, BFloat16>(a, t0, t1);
           }
         },
-    .linear =
-        [](const Linear& a, int64_t s0, int64_t s1, Status* status) {
-          const bool i8 = a.w.type == Type::i8;
-          switch (a.x_type) {
-            case Type::f32:
-              return i8 ? linear<Float32Math, int8_t, float>(a, s0, s1, status)
-                        : linear<Float32Math, float, float>(a, s0, s1, status);
-            case Type::f16:
-              return i8 ? linear<Float32Math, int8_t, Half>(a, s0, s1, status)
-                        : linear<Float32Math, Half, Half>(a, s0, s1, status);
-            default:
-              return i8 ? linear<BFloat16Math, int8_t, BFloat16>(a, s0, s1, status)
-                        : linear<BFloat16Math, BFloat16, BFloat16>(a, s0, s1, status);
-          }
-        },
+    .linear = Entries<Avx512>::linear,
 };
-
-}  // namespace
-
-constinit const Cpu cpu_avx512 = kTable;
 
 }  // namespace effk::lscd

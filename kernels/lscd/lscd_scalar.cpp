@@ -46,26 +46,18 @@ void fill_strip(const Packed& p, const Dense& w, int64_t s) {
   }
 }
 
-// Calls f(sub column, half, the 64 weights as float) for each sub-tile of strip s; false when a tile is corrupt.
+// Calls f(sub column, half, its 64 weights) for each sub-tile of strip s; false when a tile is corrupt.
 template <class V, class F>
 bool for_sub_tiles(const Packed& p, int64_t s, Status* status, const F& f) {
   for (int64_t t = 0; t < p.shape.tiles(); ++t) {
-    const Tile tile = tile_at(p, s, t);
-    int64_t used = 0;
-    if (tile_in_bounds(p, tile)) {
-      const V* v = static_cast<const V*>(p.values) + tile.begin;
+    const bool good = read_tile<V>(p, s, t, status, [&](const Tile& tile, const V*& v) {
       for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
         V block[kSub * kSub] = {};
-        for (uint64_t word = tile.words[i]; word; word &= word - 1) block[__builtin_ctzll(word)] = v[used++];
+        for (uint64_t word = tile.words[i]; word; word &= word - 1) block[__builtin_ctzll(word)] = *v++;
         f(tile.sub_col + i / kStripSubs, i % kStripSubs, block);
       }
-    } else {
-      used = -1;
-    }
-    if (used < 0 || !tile_complete(tile, used) || !strip_inside(p, s)) {
-      status->bad_tile = tile.index;
-      return false;
-    }
+    });
+    if (!good) return false;
   }
   return true;
 }
@@ -102,54 +94,49 @@ void linear_strip(const Linear& a, int64_t s, Status* status) {
   }
 }
 
-constexpr Cpu kTable = {
-    .count =
-        [](const Shape& shape, Type type, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s0, int64_t s1) {
-          with_type(type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) count_strip<V>(shape, w, bitmap, counts, s);
-          });
-        },
-    .fill =
-        [](const Packed& p, const Dense& w, int64_t s0, int64_t s1) {
-          with_type(p.type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1; ++s) fill_strip<V>(p, w, s);
-          });
-        },
-    .unpack =
-        [](const Packed& p, const float* scale, void* out, Type out_type, int64_t s0, int64_t s1, Status* status) {
-          with_type(p.type, [&]<class V>(V*) {
-            for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s) {
-              if (out_type == p.type)
-                unpack_strip<V>(p, scale, static_cast<V*>(out), s, status);
-              else
-                unpack_strip<V>(p, scale, static_cast<float*>(out), s, status);
-            }
-          });
-        },
-    .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
-    .prepare =
-        [](const Linear& a, int64_t t0, int64_t t1) {
-          with_type(a.x_type, [&]<class X>(X*) {
-            const int64_t padded = a.w.shape.padded_cols();
-            for (int64_t t = t0; t < t1; ++t) {
-              const X* from = static_cast<const X*>(a.x) + t * a.x_token_stride;
-              float* to = static_cast<float*>(a.prepared) + t * padded;
-              for (int64_t k = 0; k < padded; ++k) to[k] = k < a.w.shape.cols ? to_float(from[k * a.x_col_stride]) : 0;
-            }
-          });
-        },
-    .linear =
-        [](const Linear& a, int64_t s0, int64_t s1, Status* status) {
-          with_type(a.x_type, [&]<class X>(X*) {
-            if constexpr (!std::is_same_v<X, int8_t>)
-              for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
-                a.w.type == a.x_type ? linear_strip<X, X>(a, s, status) : linear_strip<int8_t, X>(a, s, status);
-          });
-        },
+void prepare(const Linear& a, int64_t t0, int64_t t1) {
+  with_type(a.x_type, [&]<class X>(X*) {
+    const int64_t padded = a.w.shape.padded_cols();
+    for (int64_t t = t0; t < t1; ++t) {
+      const X* from = static_cast<const X*>(a.x) + t * a.x_token_stride;
+      float* to = static_cast<float*>(a.prepared) + t * padded;
+      for (int64_t k = 0; k < padded; ++k) to[k] = k < a.w.shape.cols ? to_float(from[k * a.x_col_stride]) : 0;
+    }
+  });
+}
+
+struct Scalar {
+  static constexpr bool kAnyStride = true;
+  template <class V>
+  static void count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+    count_strip<V>(shape, w, bitmap, counts, s);
+  }
+  template <class V>
+  static void fill(const Packed& p, const Dense& w, int64_t s) {
+    fill_strip<V>(p, w, s);
+  }
+  template <class V, class Out>
+  static void unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+    unpack_strip<V>(p, scale, out, s, status);
+  }
+  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+    with_type(a.x_type, [&]<class X>(X*) {
+      if constexpr (!std::is_same_v<X, int8_t>)
+        for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
+          a.w.type == a.x_type ? linear_strip<X, X>(a, s, status) : linear_strip<int8_t, X>(a, s, status);
+    });
+  }
 };
 
 }  // namespace
 
-constinit const Cpu cpu_scalar = kTable;
+constinit const Cpu cpu_scalar = {
+    .count = Entries<Scalar>::count,
+    .fill = Entries<Scalar>::fill,
+    .unpack = Entries<Scalar>::unpack,
+    .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
+    .prepare = prepare,
+    .linear = Entries<Scalar>::linear,
+};
 
 }  // namespace effk::lscd
