@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
             "EFFK_OUTPUT_DIR": output,
             "EFFK_TORCH_DIR": Path(torch.__file__).parent,
             "EFFK_CUDA": "ON" if wants_cuda() else "OFF",
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
         }
         if wants_cuda():
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()

@@ -31,7 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "f32": torch.float32, "
 
 
 def to_csr(w: Tensor) -> Tensor:
-    with warnings.catch_warnings(action="ignore"):  # torch calls CSR a beta
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls CSR a beta
         return w.to_sparse_csr()
 
 

@@ -58,6 +58,7 @@ def load() -> None:
     cpu.load()
     if not cpu.loaded:
         log.warning("effk has no operators: its CPU library is missing (%s)", cpu.missing)
+        cuda.missing = "needs the CPU library"
         return
     cuda.load()
     for function in ("effk_cpu_level", "effk_supported_cpu_level"):

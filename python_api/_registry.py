@@ -130,6 +130,8 @@ def check_forced_backend() -> None:
     known = all_backends()
     if forced not in known:
         raise RuntimeError(f"effk: EFFK_BACKEND is {forced!r}; this machine has {', '.join(known)}")
+    if forced == "triton" and not torch.cuda.is_available():
+        raise RuntimeError("effk: EFFK_BACKEND is 'triton', which replaces the CUDA kernels, but there is no GPU")
     if forced.startswith("cpu-"):
         _library.set_cpu_level(forced.removeprefix("cpu-"))
 
@@ -181,6 +183,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
         RuntimeError: the back end can't run here.
     """
     found = find(op)
+    _ = _library.cpu.handle  # without it there is none, and this says why
     if backend not in backends(op):
         raise RuntimeError(f"effk: {op} can't run on {backend!r} here; it can on {', '.join(backends(op))}")
     if backend == "reference":

@@ -37,8 +37,10 @@ def status() -> dict[str, Any]:
 def _triton() -> str:
     if not _registry.has_triton():
         return "missing: not installed"
-    import triton
-
+    try:
+        import triton
+    except Exception as error:  # whatever a broken installation raises is a fact to tell
+        return f"missing: {error}"
     return triton.__version__
 
 

@@ -13,6 +13,11 @@ import effk
 import pytest
 from hypothesis import settings
 
+from . import simt
+
+if simt.missing() is None:
+    simt.register()
+
 settings.register_profile("effk", deadline=None, print_blob=True)
 # Under CI the same cases each time; elsewhere new ones, and failures are remembered.
 settings.register_profile("ci", parent=settings.get_profile("effk"), derandomize=True, database=None)

@@ -8,6 +8,7 @@ from typing import Any
 import effk
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes
 from effk import _registry
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor

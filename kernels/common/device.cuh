@@ -3,16 +3,21 @@
 // CUDA function, so that giving this file another meaning runs them elsewhere.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <type_traits>
 
 #include "float_bits.h"
 
+#if defined(EFFK_SIMT)
+#include "simt/device.h"  // on the CPU, under a checker: docs/simt.md
+#else
+#include <cuda_runtime.h>
+
 #define EFFK_DEVICE __device__ __forceinline__
 // At least `blocks` blocks of `threads` threads share a multiprocessor, which bounds the registers of a thread.
 #define EFFK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// A variable in static shared memory, such as EFFK_SHARED(int[32], sums).
+#define EFFK_SHARED(type, name) __shared__ std::type_identity_t<type> name
 
 namespace effk::gpu {
 
@@ -21,12 +26,18 @@ constexpr int kWarp = 32;
 // --- Threads of a block ---
 
 EFFK_DEVICE void sync_block() { __syncthreads(); }
+// Waits for `threads` threads, whole warps, at a barrier from 1 to 15.
+EFFK_DEVICE void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 // Also orders the memory accesses of the warp's threads.
 EFFK_DEVICE void sync_warp() { __syncwarp(); }
 
 EFFK_DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 EFFK_DEVICE uint32_t shuffle_up(uint32_t v, int by) { return __shfl_up_sync(~0u, v, by); }
 EFFK_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+// Bit i: v of lane i.
+EFFK_DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
 
 EFFK_DEVICE uint32_t popcount(uint32_t v) { return __popc(v); }
 
@@ -77,10 +88,30 @@ EFFK_DEVICE void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Adds in no order with other accesses; the old value comes back.
+template <class T>
+EFFK_DEVICE T atomic_add(T* p, T v) {
+  return atomicAdd(p, v);
+}
+
+// Four 8x8 matrices of 16 bits from shared memory: lanes 8i to 8i + 7 give the rows of matrix i, 16 aligned bytes
+// each; m[i] is its row lane / 4, columns lane % 4 * 2 and the next.
+EFFK_DEVICE void load_matrices(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // --- Arithmetic ---
 
+// Byte i of the result is the byte of (high, low), counted from the lowest, that the i-th nibble of the selector says.
+EFFK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
 // The low halves of two registers in one.
-EFFK_DEVICE uint32_t join_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); }
+EFFK_DEVICE uint32_t join_halves(uint32_t low, uint32_t high) { return permute_bytes(low, high, 0x5410); }
 
 // Two floats rounded to a register of two 16-bit floats, the first one in the low half.
 template <class X>
@@ -112,6 +143,28 @@ EFFK_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 #undef EFFK_MMA
 }
 
+// c += a b with a [16, 8], b [8, 8] in TF32, float32 cut to its upper 19 bits.
+//   a: (g, t) (g+8, t) (g, t+4) (g+8, t+4)
+//   b: (t, g) (t+4, g); c as above
+EFFK_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c += a b with a [16, 32], b [32, 8] of int8.
+//   a: (g, 4t..) (g+8, 4t..) (g, 4t+16..) (g+8, 4t+16..), four columns
+//   b: (4t.., g) (4t+16.., g), four rows; c as above
+EFFK_DEVICE void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // --- Host side ---
 
 using Stream = cudaStream_t;
@@ -134,3 +187,5 @@ Error launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes
 inline Error zero(void* p, size_t bytes, Stream stream) { return error_of(cudaMemsetAsync(p, 0, bytes, stream)); }
 
 }  // namespace effk::gpu
+
+#endif

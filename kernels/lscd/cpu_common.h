@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <new>
 #include <type_traits>
 
 #include "../common/float_bits.h"
@@ -117,6 +118,21 @@ inline void fetch_ahead(const V* v, const uint64_t* words) {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(v) + kAhead + i * 64));
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(words) + kWordsAhead));
 }
+
+// Memory for n Ts, aligned to a cache line. Throws std::bad_alloc.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n = 1) : data_(::operator new(n * sizeof(T), kAlign)) {}
+  ~Buffer() { ::operator delete(data_, kAlign); }
+  Buffer(const Buffer&) = delete;
+  T* get() const { return static_cast<T*>(data_); }
+  T* operator->() const { return get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  void* data_;
+};
 
 inline float activate(float v, Activation a) {
   switch (a) {

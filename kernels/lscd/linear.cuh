@@ -114,16 +114,11 @@ inline int64_t linear_workspace(const Linear& a, const LinearPlan& plan) {
 
 EFFK_DEVICE float activate(float v, Activation a) {
   switch (a) {
-    case Activation::none:
-      return v;
-    case Activation::relu:
-      return v < 0 ? 0 : v;  // NaN stays
-    case Activation::gelu:
-      return 0.5f * v * (1 + erff(v * 0.70710678118654752f));
-    case Activation::gelu_tanh:
-      return 0.5f * v * (1 + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case Activation::silu:
-      return v / (1 + expf(-v));
+    case Activation::none: return v;
+    case Activation::relu: return v < 0 ? 0 : v;  // NaN stays
+    case Activation::gelu: return 0.5f * v * (1 + erff(v * 0.70710678118654752f));
+    case Activation::gelu_tanh: return 0.5f * v * (1 + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case Activation::silu: return v / (1 + expf(-v));
   }
   return v;
 }
@@ -326,14 +321,10 @@ LinearKernel linear_kernel_of(int pass_tokens) {
     return pass_tokens == 1 ? linear_kernel<V, X, 1> : linear_kernel<V, X, 8>;
   else
     switch (pass_tokens) {
-      case 8:
-        return linear_kernel<V, X, 8>;
-      case 16:
-        return linear_kernel<V, X, 16>;
-      case 32:
-        return linear_kernel<V, X, 32>;
-      default:
-        return linear_kernel<V, X, 64>;
+      case 8: return linear_kernel<V, X, 8>;
+      case 16: return linear_kernel<V, X, 16>;
+      case 32: return linear_kernel<V, X, 32>;
+      default: return linear_kernel<V, X, 64>;
     }
 }
 

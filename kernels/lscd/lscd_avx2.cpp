@@ -2,8 +2,6 @@
 // that puts its stored weights in place. All arithmetic is in float32.
 #include <immintrin.h>
 
-#include <cstdlib>
-
 #include "cpu_common.h"
 
 namespace effk::lscd {
@@ -234,11 +232,10 @@ void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
       if (!linear_direct<V, X>(a, s, status)) return;
     return;
   }
-  auto* work = static_cast<Panel*>(std::aligned_alloc(64, (sizeof(Panel) + 63) / 64 * 64));
+  const Buffer<Panel> work;
   bool good = true;
   for (int64_t chunk = 0; good && chunk < a.tokens; chunk += kChunk)
-    for (int64_t s = s0; good && s < s1; ++s) good = linear_chunk<V, X>(a, chunk, s, *work, status);
-  std::free(work);
+    for (int64_t s = s0; good && s < s1; ++s) good = linear_chunk<V, X>(a, chunk, s, *work.get(), status);
 }
 
 // --- Packing --------------------------------------------------------------------------------------------------------

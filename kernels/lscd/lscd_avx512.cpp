@@ -3,8 +3,6 @@
 // spread over 4 or 8 lanes, which are added once, at the end of a row.
 #include <immintrin.h>
 
-#include <cstdlib>
-
 #include "cpu_common.h"
 
 namespace effk::lscd {
@@ -300,21 +298,6 @@ struct Ahead {
     const int64_t from = lines * i / parts;
     return {at + from * 64, lines * (i + 1) / parts - from};
   }
-};
-
-// Memory for n Ts, aligned to a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n = 1)
-      : data_(std::aligned_alloc(64, (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64)) {}
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  T* get() const { return static_cast<T*>(data_); }
-  T* operator->() const { return get(); }
-
- private:
-  void* data_;
 };
 
 // Many tokens: a block of weights is expanded into a panel in the cache and used for all tokens of a chunk. Weights of

@@ -114,12 +114,9 @@ Weights<V> weights_of(const Dense& w, bool is_float) {
 template <class F>
 gpu::Error with_bits_of(Type t, const F& f) {
   switch (type_size(t)) {
-    case 1:
-      return f(static_cast<uint8_t*>(nullptr));
-    case 2:
-      return f(static_cast<uint16_t*>(nullptr));
-    default:
-      return f(static_cast<uint32_t*>(nullptr));
+    case 1: return f(static_cast<uint8_t*>(nullptr));
+    case 2: return f(static_cast<uint16_t*>(nullptr));
+    default: return f(static_cast<uint32_t*>(nullptr));
   }
 }
 
@@ -218,14 +215,10 @@ inline gpu::Error launch_unpack(const Packed& p, const float* scale, void* out, 
   if (p.type != Type::i8)
     return p.type == Type::f32 ? run(f32, f32) : p.type == Type::f16 ? run(f16, f16) : run(bf16, bf16);
   switch (out_type) {
-    case Type::f32:
-      return run(i8, f32);
-    case Type::f16:
-      return run(i8, f16);
-    case Type::bf16:
-      return run(i8, bf16);
-    default:
-      return run(i8, i8);
+    case Type::f32: return run(i8, f32);
+    case Type::f16: return run(i8, f16);
+    case Type::bf16: return run(i8, bf16);
+    default: return run(i8, i8);
   }
 }
 

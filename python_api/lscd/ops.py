@@ -57,12 +57,16 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict
     ctx.activation = keyword_only_inputs["activation"]
     # The sum before the activation is computed again; without an activation, x isn't needed.
     ctx.save_for_backward(x if ctx.activation != "none" else None, values, bitmap, offsets, bias, scale)
-    ctx.has_bias = bias is not None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, bitmap, offsets, bias, scale = ctx.saved_tensors
     rows, cols = ctx.size
+    # Arguments left at their defaults have no entry.
+    wanted = dict(zip(("x", "values", "", "", "", "", "bias", "scale"), ctx.needs_input_grad, strict=False))
+    for name in ("values", "scale"):
+        if wanted.get(name):
+            raise RuntimeError(f"effk::lscd_linear: {name} requires grad; gradients exist for x and bias only")
     if ctx.activation != "none":
         before = lscd_linear(x, values, bitmap, offsets, rows, cols, bias, scale)
         again = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated too
@@ -71,11 +75,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             after = reference.ACTIVATIONS[ctx.activation](leaf)
         (grad,) = torch.autograd.grad(after, leaf, grad, create_graph=again)
     grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    if wanted["x"]:
         w = lscd_unpack(values, bitmap, offsets, rows, cols)
         scaled = grad if scale is None else (grad * scale).to(grad.dtype)
         grad_x = scaled @ w.to(grad.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[6]:
+    if wanted.get("bias"):
         grad_bias = grad.reshape(math.prod(grad.shape[:-1]), rows).sum(0)
     return grad_x, None, None, None, None, None, grad_bias, None
 

@@ -74,6 +74,10 @@ def check_pack(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the packed values."""
     torch._check(w.dim() == 2, lambda: f"effk::lscd_pack: w has shape {list(w.shape)}; wanted two dimensions")
     torch._check(
+        w.shape[0] <= MAX_SIDE and w.shape[1] <= MAX_SIDE,
+        lambda: f"effk::lscd_pack: w has shape {list(w.shape)}; wanted at most 2^31 rows and columns",
+    )
+    torch._check(
         w.dtype in (*FLOATS, torch.int8),
         lambda: f"effk::lscd_pack: w has dtype {w.dtype}; wanted float32, float16, bfloat16 or int8",
     )

@@ -1,4 +1,4 @@
-"""No CUDA kernel spills registers to memory, on any architecture it was compiled for."""
+"""What CUDA kernels take of a multiprocessor, on every architecture that the library was compiled for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from effk import _library
 
+REGISTERS = 65536  # of a multiprocessor, from sm_80 to sm_100
+REGISTER_UNIT = 8  # registers a thread are given in such steps
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -25,16 +28,37 @@ def cuobjdump() -> str | None:
     return str(path) if path and path.exists() else None
 
 
-def usage(library: Path, tool: str) -> list[tuple[str, str, int, int, int]]:
-    """Architecture, kernel, registers, bytes of stack and bytes of local memory, for each kernel in the library."""
-    text = subprocess.run([tool, "-res-usage", library], capture_output=True, text=True, check=True).stdout
-    rows, arch = [], ""
+class Kernel(NamedTuple):
+    arch: str
+    name: str
+    registers: int
+    stack: int  # bytes
+    local: int
+    threads: int  # of a block, and blocks of a multiprocessor: its launch bounds
+    blocks: int
+
+    @property
+    def share(self) -> float:
+        """Of a multiprocessor's registers, with as many blocks as the bounds promise."""
+        return -(-self.registers // REGISTER_UNIT) * REGISTER_UNIT * self.threads * self.blocks / REGISTERS
+
+
+def usage(library: Path, tool: str) -> list[Kernel]:
+    """Every kernel in the library, once for each architecture."""
+    ptx, text = (
+        subprocess.run([tool, what, library], capture_output=True, text=True, check=True).stdout
+        for what in ("-ptx", "-res-usage")
+    )
+    head = r"\.entry (\w+)\([^{]*?\.maxntid (\d+)[^{]*?\.minnctapersm (\d+)"
+    bounds = {name: (int(threads), int(blocks)) for name, threads, blocks in re.findall(head, ptx)}
+    kernels, arch = [], ""
     for line in text.replace(":\n", ": ").splitlines():
         if found := re.search(r"arch = (\S+)", line):
             arch = found[1]
         if found := USAGE.search(line):
-            rows.append((arch, found[1], int(found[2]), int(found[3]), int(found[5])))
-    return rows
+            assert found[1] in bounds, f"{found[1]} has no launch bounds"
+            kernels.append(Kernel(arch, found[1], int(found[2]), int(found[3]), int(found[5]), *bounds[found[1]]))
+    return kernels
 
 
 def generations(architectures: Iterable[str]) -> set[int]:
@@ -49,17 +73,33 @@ def wanted_architectures() -> list[str]:
     return os.environ.get("EFFK_CUDA_ARCHITECTURES", default).split(";")
 
 
-def test_no_spills() -> None:
+def table(kernels: Iterable[Kernel]) -> str:
+    rows = [f"{k.arch:8} {k.registers:9} {k.share:8.0%} {k.stack:6} {k.local:6}  {k.name}" for k in kernels]
+    return "\n".join(["", "arch     registers   of all  stack  local  kernel", *rows])
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
     if not _library.cuda.path.exists():
         assert not (os.environ.get("CI") and shutil.which("nvcc")), "nvcc is here, but the CUDA library wasn't built"
         pytest.skip("the CUDA library isn't built")
     tool = cuobjdump()
     assert tool, "no cuobjdump, neither of the CUDA toolkit nor of Triton"
-    rows = usage(_library.cuda.path, tool)
-    assert generations(row[0] for row in rows) == generations(wanted_architectures())
-    spilling = [
-        f"{arch:8} {registers:4} registers {stack:5} stack {local:5} local  {kernel}"
-        for arch, kernel, registers, stack, local in rows
-        if stack or local
-    ]
-    assert not spilling, "\n".join([f"{len(spilling)} of {len(rows)} kernels use stack or local memory:", *spilling])
+    found = usage(_library.cuda.path, tool)
+    print(table(found))
+    return found
+
+
+def test_architectures(kernels: list[Kernel]) -> None:
+    assert generations(k.arch for k in kernels) == generations(wanted_architectures())
+
+
+def test_no_spills(kernels: list[Kernel]) -> None:
+    spilling = [k for k in kernels if k.stack or k.local]
+    assert not spilling, table(spilling)
+
+
+def test_registers_fit_the_launch_bounds(kernels: list[Kernel]) -> None:
+    """As many blocks as a kernel declares run on one multiprocessor."""
+    too_many = [k for k in kernels if k.share > 1]
+    assert not too_many, table(too_many)

@@ -23,7 +23,7 @@ from . import tensors
 HAS_GPU = torch.cuda.is_available()
 
 # Hypothesis examples of one property. The others compute in Python and get fewer and smaller ones.
-EXAMPLES = {"reference": 30, "cpu-scalar": 60, "cpu-avx2": 60, "cpu-avx512": 60, "cuda": 60}
+EXAMPLES = {"reference": 30, "cpu-scalar": 60, "cpu-avx2": 60, "cpu-avx512": 60, "cuda": 60, "simt": 60}
 SLOW_EXAMPLES = 8
 
 
@@ -39,8 +39,8 @@ class Backend:
 
     @property
     def slow(self) -> bool:
-        """Emulated: wants small shapes."""
-        return self.name == "simt" or (self.name == "triton" and not HAS_GPU)
+        """Interpreted: wants small shapes."""
+        return self.name == "triton" and not HAS_GPU
 
     @property
     def examples(self) -> int:

@@ -115,8 +115,9 @@ bool is_valid(const Draft& d) {
 }
 
 Draft make(Random& random) {
-  constexpr int64_t kRows[] = {1, 7, 8, 9, 15, 16, 17, 33, 48}, kCols[] = {1, 8, 9, 16, 31, 250, 256, 257, 300, 520};
-  constexpr double kDensity[] = {0, 0.02, 0.3, 0.5, 0.9, 1};
+  constexpr int64_t kRows[] = {1, 7, 8, 9, 15, 16, 17, 33, 48, 70, 530},
+                    kCols[] = {1, 8, 9, 16, 31, 250, 256, 257, 300, 520};
+  constexpr double kDensity[] = {0, 0.01, 0.3, 0.5, 0.9, 1};
   Draft d{{pick(random, kRows), pick(random, kCols)},
           pick(random, {Type::f32, Type::f16, Type::bf16, Type::i8}),
           {},
@@ -162,40 +163,46 @@ void damage(Random& random, Draft& d) {
                           static_cast<int64_t>(random())};
   uint64_t& word = d.bitmap[below(random, d.bitmap.size())];
   int64_t& offset = d.offsets[below(random, d.offsets.size())];
-  switch (below(random, 8)) {
-    case 0:
-      word ^= uint64_t{1} << below(random, 64);
-      break;
-    case 1:
-      word = ~uint64_t{0};
-      break;
-    case 2:
-      std::fill(d.bitmap.begin(), d.bitmap.end(), ~uint64_t{0});
-      break;
-    case 3:
-      word = random();
-      break;
-    case 4:
-      offset = pick(random, wild);
-      break;
+  switch (below(random, 9)) {
+    case 0: word ^= uint64_t{1} << below(random, 64); break;
+    case 1: word = ~uint64_t{0}; break;
+    case 2: std::fill(d.bitmap.begin(), d.bitmap.end(), ~uint64_t{0}); break;
+    case 3: word = random(); break;
+    case 4: offset = pick(random, wild); break;
     case 5:
       offset = static_cast<int64_t>(static_cast<uint64_t>(offset) + static_cast<uint64_t>(pick(random, wild)));
       break;
-    case 6:
-      std::swap(offset, d.offsets[below(random, d.offsets.size())]);
-      break;
+    case 6: std::swap(offset, d.offsets[below(random, d.offsets.size())]); break;
     case 7:  // values cut off, with an offset that says so
       d.num_values = 64 + below(random, d.num_values - 63);
       d.offsets.back() = d.num_values - 64;
       break;
+    case 8:  // one tile claims all values that follow, far more than a tile can hold
+      d.num_values += 6 * kTileWeights;
+      std::fill(d.offsets.begin() + 1 + below(random, d.offsets.size() - 1), d.offsets.end(), d.num_values - 64);
+      break;
   }
+}
+
+// Strips in ranges, as threads may share them out. Whether one was called corrupt.
+template <class F>
+bool for_ranges(Random& random, int64_t strips, const F& f) {
+  bool corrupt = false;
+  for (int64_t s0 = 0, s1; s0 < strips; s0 = s1) {
+    s1 = s0 + 1 + below(random, strips - s0);
+    Status status;
+    f(s0, s1, &status);
+    corrupt |= status.bad_tile >= 0;
+  }
+  return corrupt;
 }
 
 // x and everything else of a call of linear.
 void run_linear(Random& random, const Cpu& cpu, const Packed& packed, bool valid, bool guarded) {
   const Type x_type = packed.type == Type::i8 ? pick(random, {Type::f32, Type::f16, Type::bf16}) : packed.type;
   const int64_t size = type_size(x_type), rows = packed.shape.rows, cols = packed.shape.cols;
-  const int64_t tokens = pick(random, {0, 1, 2, 3, 5, 8, 17, 70});
+  // Those that AVX-512 computes as sparse (32 and 64, where few weights are left), and one past its chunk.
+  const int64_t tokens = pick(random, {0, 1, 2, 3, 4, 5, 6, 8, 17, 32, 64, 70, 257});
   const int64_t col_stride = pick(random, {1, 1, 3}), token_stride = cols * col_stride;
   // A strided view ends with its last element.
   const int64_t extent = tokens ? (tokens - 1) * token_stride + (cols - 1) * col_stride + 1 : 0;
@@ -218,12 +225,8 @@ void run_linear(Random& random, const Cpu& cpu, const Packed& packed, bool valid
   Buffer prepared(cpu.prepared_bytes(call), 64, guarded);
   call.prepared = prepared.as<void>();
   cpu.prepare(call, 0, tokens);
-  bool corrupt = false;
-  for (int64_t s = 0; s < packed.shape.strips(); ++s) {  // one by one, as threads may share them out
-    Status status;
-    cpu.linear(call, s, s + 1, &status);
-    corrupt |= status.bad_tile >= 0;
-  }
+  const bool corrupt = for_ranges(random, packed.shape.strips(),
+                                  [&](int64_t s0, int64_t s1, Status* status) { cpu.linear(call, s0, s1, status); });
   if (tokens && corrupt == valid) {
     std::fprintf(stderr, "linear calls a %s matrix %s\n", valid ? "valid" : "corrupt", corrupt ? "corrupt" : "valid");
     std::exit(1);
@@ -236,12 +239,9 @@ void run_unpack(Random& random, const Cpu& cpu, const Packed& packed, bool valid
   Buffer out(packed.shape.rows * packed.shape.cols * type_size(out_type), type_size(out_type), guarded),
       scale(packed.shape.rows * 4, 4, guarded);
   scale.fill(random);
-  bool corrupt = false;
-  for (int64_t s = 0; s < packed.shape.strips(); ++s) {
-    Status status;
-    cpu.unpack(packed, scaled ? scale.as<float>() : nullptr, out.as<void>(), out_type, s, s + 1, &status);
-    corrupt |= status.bad_tile >= 0;
-  }
+  const bool corrupt = for_ranges(random, packed.shape.strips(), [&](int64_t s0, int64_t s1, Status* status) {
+    cpu.unpack(packed, scaled ? scale.as<float>() : nullptr, out.as<void>(), out_type, s0, s1, status);
+  });
   if (corrupt == valid) {
     std::fprintf(stderr, "unpack calls a %s matrix %s\n", valid ? "valid" : "corrupt", corrupt ? "corrupt" : "valid");
     std::exit(1);

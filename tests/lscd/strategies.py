@@ -308,6 +308,8 @@ def _invalid() -> dict[str, list[Invalid]]:
             Invalid("w integer", pack.with_(w=w.dense.int()), "w"),
             Invalid("w vector", pack.with_(w=w.dense[0]), "w"),
             Invalid("w three dims", pack.with_(w=w.dense[None]), "w"),
+            Invalid("w too tall", pack.with_(w=w.dense.new_empty(2**31 + 1, 0)), "w"),
+            Invalid("w too wide", pack.with_(w=w.dense.new_empty(0, 2**31 + 1)), "w"),
             Invalid("dtype integer", pack.with_(dtype=torch.int8), "dtype"),
             Invalid("dtype double", pack.with_(dtype=torch.float64), "dtype"),
             Invalid("dtype of integers", pack.with_(w=ints.dense, dtype=torch.float32), "dtype"),

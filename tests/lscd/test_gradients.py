@@ -154,3 +154,12 @@ def test_no_gradient_where_none_is_defined() -> None:
     y = torch.ops.effk.lscd_linear(case.x.requires_grad_(), values, bitmap, offsets, *case.w.size)
     _, grad = torch.autograd.grad(y.sum(), (case.x, values), allow_unused=True)
     assert grad is None
+
+
+def test_weights_have_no_gradient() -> None:
+    """Asked for one, backward says so; silence would look like a weight that doesn't matter."""
+    case = Linear(Weights(16, 16))
+    values, bitmap, offsets = case.w.packed
+    y = torch.ops.effk.lscd_linear(case.x, values.requires_grad_(), bitmap, offsets, 16, 16)
+    with pytest.raises(RuntimeError, match="values requires grad"):
+        y.sum().backward()

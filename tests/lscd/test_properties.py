@@ -108,6 +108,21 @@ def test_sparsity(backend: Backend, dtype: torch.dtype, sparsity: float) -> None
     case.exact(backend.unit).assert_holds(case.run(backend))
 
 
+@pytest.mark.parametrize("kind", ["normal", "special"])
+@pytest.mark.parametrize("tokens", [32, 257])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8], ids=str)
+@on_backends("lscd_linear")
+def test_many_rows_and_tokens(backend: Backend, dtype: torch.dtype, tokens: int, kind: str) -> None:
+    """Enough of both for kernels that share work among strips and among hundreds of tokens, or that skip zeros; where
+    zeros are skipped, NaN and infinities in x must still be what they are in a dense product."""
+    if backend.slow:
+        pytest.skip("takes minutes in an emulator")
+    x_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+    for sparsity in (0.5, 0.99):
+        case = Linear(Weights(530, 300, dtype, sparsity), tokens, x_dtype, kind, bias=True)
+        case.exact(backend.unit).assert_holds(case.run(backend))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @on_backends("lscd_linear")
 def test_activation(backend: Backend, activation: str) -> None:

@@ -1,0 +1,17 @@
+"""The back end is there, and in CI it must be."""
+
+import os
+
+import effk
+import pytest
+
+from . import lscd, missing
+
+
+def test_every_op_with_cuda_kernels_runs_here() -> None:
+    reason = missing()
+    if reason and not os.environ.get("CI"):
+        pytest.skip(reason)
+    assert reason is None
+    for op in lscd.OPS:
+        assert "simt" in effk.backends(op)
