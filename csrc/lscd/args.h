@@ -95,7 +95,7 @@ inline LinearCall check_linear(const Tensor& x, const Tensor& values, const Tens
     tokens *= sizes[i];
   }
   call.x = x.dim() == 2 ? x : torch::stable::reshape(x, {tokens, cols});
-  call.y = torch::stable::new_empty(x, y_sizes);
+  call.y = empty_like_device(x, y_sizes);
   const void* bias_data = nullptr;
   if (bias) {
     check::dtype(op, "bias", *bias, {x.scalar_type()});

@@ -1,6 +1,8 @@
 // lscd: schemas and the CPU side.
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <tuple>
 
@@ -53,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   Tensor offsets = torch::stable::new_empty(w, {shape.offsets()}, ScalarType::Long);
   auto* words = static_cast<uint64_t*>(bitmap.mutable_data_ptr());
   auto* ends = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  ask_for_huge_pages(words, bitmap.numel() * 8);
   ends[0] = 0;
   for_strips("lscd_pack", shape, work,
              [&](int64_t s0, int64_t s1, Status*) { cpu().count(shape, type, dense, words, ends + 1, s0, s1); });
@@ -89,8 +92,11 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const
   Linear& args = call.args;
   check_ends("lscd_linear", args.w);
   const Cpu& kernels = cpu();
-  Tensor prepared = torch::stable::new_empty(x, {kernels.prepared_bytes(args) + 64}, ScalarType::Byte);
-  args.prepared = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(prepared.mutable_data_ptr()) + 63) / 64 * 64);
+  // Not a tensor: at one token, making one costs as much as a tenth of the product.
+  constexpr std::align_val_t kAlign{64};
+  const auto free = [](void* p) { ::operator delete(p, kAlign); };
+  const std::unique_ptr<void, decltype(free)> prepared(::operator new(kernels.prepared_bytes(args), kAlign), free);
+  args.prepared = prepared.get();
   torch::stable::parallel_for(0, args.tokens, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, cols)),
                               [&](int64_t t0, int64_t t1) { kernels.prepare(args, t0, t1); });
   for_strips("lscd_linear", args.w.shape, args.w.shape.padded_cols() * kStripRows * std::max<int64_t>(1, args.tokens),

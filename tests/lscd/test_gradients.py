@@ -146,16 +146,6 @@ def test_second_derivative(device: str, activation: str) -> None:
         torch.testing.assert_close(a.cpu().double(), b, rtol=rounding, atol=rounding)
 
 
-def test_no_gradient_where_none_is_defined() -> None:
-    """Packed values are data: asking for their gradient gives none, not a wrong one."""
-    case = Linear(Weights(9, 20), 2)
-    values, bitmap, offsets = case.w.packed
-    values.requires_grad_()
-    y = torch.ops.effk.lscd_linear(case.x.requires_grad_(), values, bitmap, offsets, *case.w.size)
-    _, grad = torch.autograd.grad(y.sum(), (case.x, values), allow_unused=True)
-    assert grad is None
-
-
 def test_weights_have_no_gradient() -> None:
     """Asked for one, backward says so; silence would look like a weight that doesn't matter."""
     case = Linear(Weights(16, 16))
