@@ -159,21 +159,28 @@ inline void finish(const Linear& a, int64_t s, int64_t token, const float* sums)
   }
 }
 
-// The entries of a level's table that are the same for all but what they do with one strip. Level has count, fill and
-// unpack of a strip as member templates of the weights' type, and linear of a range of strips.
-template <class Level>
+// What a level does with one strip, and with a range of strips for linear. Each level's file defines these.
+struct Level {
+  template <class V>
+  static void count(const Shape&, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s);
+  template <class V>
+  static void fill(const Packed&, const Dense& w, int64_t s);
+  template <class V, class Out>
+  static void unpack(const Packed&, const float* scale, Out* out, int64_t s, Status*);
+  static void linear(const Linear&, int64_t s0, int64_t s1, Status*);
+};
+
+// The entries of a level's table, which are alike but for that.
 struct Entries {
   static void count(const Shape& shape, Type type, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s0,
                     int64_t s1) {
-    if (!Level::kAnyStride && w.col_stride != 1) return cpu_scalar.count(shape, type, w, bitmap, counts, s0, s1);
     with_type(type, [&]<class V>(V*) {
-      for (int64_t s = s0; s < s1; ++s) Level::template count<V>(shape, w, bitmap, counts, s);
+      for (int64_t s = s0; s < s1; ++s) Level::count<V>(shape, w, bitmap, counts, s);
     });
   }
   static void fill(const Packed& p, const Dense& w, int64_t s0, int64_t s1) {
-    if (!Level::kAnyStride && w.col_stride != 1) return cpu_scalar.fill(p, w, s0, s1);
     with_type(p.type, [&]<class V>(V*) {
-      for (int64_t s = s0; s < s1; ++s) Level::template fill<V>(p, w, s);
+      for (int64_t s = s0; s < s1; ++s) Level::fill<V>(p, w, s);
     });
   }
   static void unpack(const Packed& p, const float* scale, void* out, Type out_type, int64_t s0, int64_t s1,
@@ -181,9 +188,9 @@ struct Entries {
     with_type(p.type, [&]<class V>(V*) {
       for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s) {
         if (out_type == p.type)
-          Level::template unpack<V>(p, scale, static_cast<V*>(out), s, status);
+          Level::unpack<V>(p, scale, static_cast<V*>(out), s, status);
         else
-          Level::template unpack<V>(p, scale, static_cast<float*>(out), s, status);
+          Level::unpack<V>(p, scale, static_cast<float*>(out), s, status);
       }
     });
     check_inside(p, s0, s1, status);

@@ -28,7 +28,7 @@ struct Status {
 
 struct Dense {  // row-major weights
   void* data;
-  int64_t row_stride, col_stride;  // in elements
+  int64_t row_stride, col_stride;  // in elements; on a CPU columns follow each other
 };
 
 struct Linear {

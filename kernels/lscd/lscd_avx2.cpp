@@ -226,7 +226,7 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s, Panel& work, Status
 }
 
 template <class V, class X>
-void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+void linear_strips(const Linear& a, int64_t s0, int64_t s1, Status* status) {
   if (a.tokens == 1) {
     for (int64_t s = s0; s < s1; ++s)
       if (!linear_direct<V, X>(a, s, status)) return;
@@ -248,7 +248,7 @@ typename Row<V>::Register load_some(const V* p, int64_t n) {
 }
 
 template <class V>
-void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+void Level::count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
   const int64_t sub_cols = shape.sub_cols(), tiles = shape.tiles();
   for (int64_t t = 0; t < tiles; ++t) counts[s * tiles + t] = 0;
   for (int64_t c = 0; c < sub_cols; ++c)
@@ -268,7 +268,7 @@ void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* 
 }
 
 template <class V>
-void fill_strip(const Packed& p, const Dense& w, int64_t s) {
+void Level::fill(const Packed& p, const Dense& w, int64_t s) {
   for (int64_t t = 0; t < p.shape.tiles(); ++t) {
     const Tile tile = tile_at(p, s, t);
     V* v = static_cast<V*>(const_cast<void*>(p.values)) + tile.begin;
@@ -292,7 +292,7 @@ void fill_strip(const Packed& p, const Dense& w, int64_t s) {
 
 // --- Unpacking ------------------------------------------------------------------------------------------------------
 template <class V, class Out>
-void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+void Level::unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
   const int64_t stride = p.shape.cols;
   const auto write_tile = [&](const Tile& tile, const V*& v) {
     for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
@@ -321,38 +321,23 @@ void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Stat
     if (!read_tile<V>(p, s, t, status, write_tile)) return;
 }
 
-struct Avx2 {
-  static constexpr bool kAnyStride = false;
-  template <class V>
-  static void count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
-    count_strip<V>(shape, w, bitmap, counts, s);
-  }
-  template <class V>
-  static void fill(const Packed& p, const Dense& w, int64_t s) {
-    fill_strip<V>(p, w, s);
-  }
-  template <class V, class Out>
-  static void unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
-    unpack_strip<V>(p, scale, out, s, status);
-  }
-  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
-    with_type(a.x_type, [&]<class X>(X*) {
-      if constexpr (!std::is_same_v<X, int8_t>)
-        a.w.type == a.x_type ? lscd::linear<X, X>(a, s0, s1, status) : lscd::linear<int8_t, X>(a, s0, s1, status);
-    });
-  }
-};
+void Level::linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+  with_type(a.x_type, [&]<class X>(X*) {
+    if constexpr (!std::is_same_v<X, int8_t>)
+      a.w.type == a.x_type ? linear_strips<X, X>(a, s0, s1, status) : linear_strips<int8_t, X>(a, s0, s1, status);
+  });
+}
 
 }  // namespace
 
 constinit const Cpu cpu_avx2 = {
-    .count = Entries<Avx2>::count,
-    .fill = Entries<Avx2>::fill,
-    .unpack = Entries<Avx2>::unpack,
+    .count = Entries::count,
+    .fill = Entries::fill,
+    .unpack = Entries::unpack,
     .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
     .prepare = [](const Linear& a, int64_t t0,
                   int64_t t1) { with_type(a.x_type, [&]<class X>(X*) { prepare<X>(a, t0, t1); }); },
-    .linear = Entries<Avx2>::linear,
+    .linear = Entries::linear,
 };
 
 }  // namespace effk::lscd

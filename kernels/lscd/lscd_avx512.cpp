@@ -554,7 +554,7 @@ void linear_sparse(const Linear& a, int64_t s0, int64_t s1, Status* status) {
 }
 
 template <class M, class V, class X>
-void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+void linear_strips(const Linear& a, int64_t s0, int64_t s1, Status* status) {
   bool (*direct)(const Linear&, int64_t, Status*) = nullptr;
   switch (a.tokens) {
     case 1: direct = linear_direct<M, V, X, 1>; break;
@@ -610,7 +610,7 @@ inline uint64_t nonzeros(const int8_t* w, int64_t n) {
 }
 
 template <class V>
-void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+void Level::count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
   const int64_t sub_cols = shape.sub_cols(), tiles = shape.tiles();
   const int64_t rest = shape.rows - s * kStripRows, rows = rest < kStripRows ? rest : kStripRows;
   const V* data = static_cast<const V*>(w.data) + s * kStripRows * w.row_stride;
@@ -676,7 +676,7 @@ void compress(uint64_t m, const V* const* rows, int64_t col, V* v, int64_t room)
 }
 
 template <class V>
-void fill_strip(const Packed& p, const Dense& w, int64_t s) {
+void Level::fill(const Packed& p, const Dense& w, int64_t s) {
   const V* data = static_cast<const V*>(w.data);
   const int64_t row = s * kStripRows;
   const V* rows[kStripRows];
@@ -750,7 +750,7 @@ void scale_sub_tile(uint64_t m, const V* v, const float* scale, int64_t rows, Ou
 }
 
 template <class V, class Out>
-void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+void Level::unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
   const int64_t stride = p.shape.cols;
   const auto write_tile = [&](const Tile& tile, const V*& v) {
     for (int64_t i = 0; i < tile.sub_cols * kStripSubs; ++i) {
@@ -776,42 +776,27 @@ void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Stat
     if (!read_tile<V>(p, s, t, status, write_tile)) return;
 }
 
-struct Avx512 {
-  static constexpr bool kAnyStride = false;
-  template <class V>
-  static void count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
-    count_strip<V>(shape, w, bitmap, counts, s);
+void Level::linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+  const bool i8 = a.w.type == Type::i8;
+  switch (a.x_type) {
+    case Type::f32:
+      return i8 ? linear_strips<Float32Math, int8_t, float>(a, s0, s1, status)
+                : linear_strips<Float32Math, float, float>(a, s0, s1, status);
+    case Type::f16:
+      return i8 ? linear_strips<Float32Math, int8_t, Half>(a, s0, s1, status)
+                : linear_strips<Float32Math, Half, Half>(a, s0, s1, status);
+    default:
+      return i8 ? linear_strips<BFloat16Math, int8_t, BFloat16>(a, s0, s1, status)
+                : linear_strips<BFloat16Math, BFloat16, BFloat16>(a, s0, s1, status);
   }
-  template <class V>
-  static void fill(const Packed& p, const Dense& w, int64_t s) {
-    fill_strip<V>(p, w, s);
-  }
-  template <class V, class Out>
-  static void unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
-    unpack_strip<V>(p, scale, out, s, status);
-  }
-  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
-    const bool i8 = a.w.type == Type::i8;
-    switch (a.x_type) {
-      case Type::f32:
-        return i8 ? lscd::linear<Float32Math, int8_t, float>(a, s0, s1, status)
-                  : lscd::linear<Float32Math, float, float>(a, s0, s1, status);
-      case Type::f16:
-        return i8 ? lscd::linear<Float32Math, int8_t, Half>(a, s0, s1, status)
-                  : lscd::linear<Float32Math, Half, Half>(a, s0, s1, status);
-      default:
-        return i8 ? lscd::linear<BFloat16Math, int8_t, BFloat16>(a, s0, s1, status)
-                  : lscd::linear<BFloat16Math, BFloat16, BFloat16>(a, s0, s1, status);
-    }
-  }
-};
+}
 
 }  // namespace
 
 constinit const Cpu cpu_avx512 = {
-    .count = Entries<Avx512>::count,
-    .fill = Entries<Avx512>::fill,
-    .unpack = Entries<Avx512>::unpack,
+    .count = Entries::count,
+    .fill = Entries::fill,
+    .unpack = Entries::unpack,
     .prepared_bytes = [](const Linear& a) -> int64_t {
       if (computes_as_sparse(a)) return Lanes(a).bytes();
       return a.tokens * a.w.shape.padded_cols() * (a.x_type == Type::bf16 ? 2 : 4);
@@ -825,7 +810,7 @@ constinit const Cpu cpu_avx512 = {
             default: return sparse ? prepare_lanes<BFloat16>(a, t0, t1) : prepare<BFloat16Math, BFloat16>(a, t0, t1);
           }
         },
-    .linear = Entries<Avx512>::linear,
+    .linear = Entries::linear,
 };
 
 }  // namespace effk::lscd

@@ -10,7 +10,7 @@ bool is_zero(V v) {
 }
 
 template <class V>
-void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
+void Level::count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
   const V* data = static_cast<const V*>(w.data);
   const int64_t sub_cols = shape.sub_cols();
   for (int64_t t = 0; t < shape.tiles(); ++t) counts[s * shape.tiles() + t] = 0;
@@ -20,7 +20,7 @@ void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* 
       for (int64_t i = 0; i < kSub * kSub; ++i) {
         const int64_t row = s * kStripRows + h * kSub + i / kSub, col = c * kSub + i % kSub;
         if (row >= shape.rows || col >= shape.cols) continue;
-        if (!is_zero(data[row * w.row_stride + col * w.col_stride])) word |= uint64_t{1} << i;
+        if (!is_zero(data[row * w.row_stride + col])) word |= uint64_t{1} << i;
       }
       bitmap[(s * sub_cols + c) * kStripSubs + h] = word;
       counts[s * shape.tiles() + c / kTileSubCols] += __builtin_popcountll(word);
@@ -29,7 +29,7 @@ void count_strip(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* 
 }
 
 template <class V>
-void fill_strip(const Packed& p, const Dense& w, int64_t s) {
+void Level::fill(const Packed& p, const Dense& w, int64_t s) {
   const V* data = static_cast<const V*>(w.data);
   for (int64_t t = 0; t < p.shape.tiles(); ++t) {
     const Tile tile = tile_at(p, s, t);
@@ -39,7 +39,7 @@ void fill_strip(const Packed& p, const Dense& w, int64_t s) {
       const int64_t row = s * kStripRows + i % kStripSubs * kSub, col = (tile.sub_col + i / kStripSubs) * kSub;
       for (uint64_t word = tile.words[i]; word; word &= word - 1) {
         const int64_t bit = __builtin_ctzll(word);
-        *v++ = data[(row + bit / kSub) * w.row_stride + (col + bit % kSub) * w.col_stride];
+        *v++ = data[(row + bit / kSub) * w.row_stride + col + bit % kSub];
       }
     }
     while (v < end) *v++ = V{};
@@ -63,7 +63,7 @@ bool for_sub_tiles(const Packed& p, int64_t s, Status* status, const F& f) {
 }
 
 template <class V, class Out>
-void unpack_strip(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
+void Level::unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
   for_sub_tiles<V>(p, s, status, [&](int64_t c, int64_t h, const V* block) {
     for (int64_t i = 0; i < kSub * kSub; ++i) {
       const int64_t row = s * kStripRows + h * kSub + i / kSub, col = c * kSub + i % kSub;
@@ -105,38 +105,23 @@ void prepare(const Linear& a, int64_t t0, int64_t t1) {
   });
 }
 
-struct Scalar {
-  static constexpr bool kAnyStride = true;
-  template <class V>
-  static void count(const Shape& shape, const Dense& w, uint64_t* bitmap, int64_t* counts, int64_t s) {
-    count_strip<V>(shape, w, bitmap, counts, s);
-  }
-  template <class V>
-  static void fill(const Packed& p, const Dense& w, int64_t s) {
-    fill_strip<V>(p, w, s);
-  }
-  template <class V, class Out>
-  static void unpack(const Packed& p, const float* scale, Out* out, int64_t s, Status* status) {
-    unpack_strip<V>(p, scale, out, s, status);
-  }
-  static void linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
-    with_type(a.x_type, [&]<class X>(X*) {
-      if constexpr (!std::is_same_v<X, int8_t>)
-        for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
-          a.w.type == a.x_type ? linear_strip<X, X>(a, s, status) : linear_strip<int8_t, X>(a, s, status);
-    });
-  }
-};
+void Level::linear(const Linear& a, int64_t s0, int64_t s1, Status* status) {
+  with_type(a.x_type, [&]<class X>(X*) {
+    if constexpr (!std::is_same_v<X, int8_t>)
+      for (int64_t s = s0; s < s1 && status->bad_tile < 0; ++s)
+        a.w.type == a.x_type ? linear_strip<X, X>(a, s, status) : linear_strip<int8_t, X>(a, s, status);
+  });
+}
 
 }  // namespace
 
 constinit const Cpu cpu_scalar = {
-    .count = Entries<Scalar>::count,
-    .fill = Entries<Scalar>::fill,
-    .unpack = Entries<Scalar>::unpack,
+    .count = Entries::count,
+    .fill = Entries::fill,
+    .unpack = Entries::unpack,
     .prepared_bytes = [](const Linear& a) -> int64_t { return a.tokens * a.w.shape.padded_cols() * 4; },
     .prepare = prepare,
-    .linear = Entries<Scalar>::linear,
+    .linear = Entries::linear,
 };
 
 }  // namespace effk::lscd
