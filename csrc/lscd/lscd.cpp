@@ -8,6 +8,7 @@
 
 #include "../../kernels/common/cpu_level.h"
 #include "../common/huge_pages.h"
+#include "../common/parallel.h"
 #include "args.h"
 
 namespace effk::lscd {
@@ -22,10 +23,9 @@ const Cpu& cpu() {
 // is corrupt.
 template <class F>
 void for_strips(const char* op, const Shape& shape, int64_t work, const F& f) {
-  constexpr int64_t kWorkPerThread = 1 << 16;
-  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work));
+  constexpr int64_t kPart = 8;  // strips that share a block of x while it is in the cache
   std::atomic<int64_t> bad_tile{-1};
-  torch::stable::parallel_for(0, shape.strips(), grain, [&](int64_t s0, int64_t s1) {
+  for_parts(shape.strips(), std::max(kPart, worthwhile(work)), [&](int64_t s0, int64_t s1) {
     Status status;
     f(s0, s1, &status);
     if (status.bad_tile >= 0) bad_tile = status.bad_tile;
@@ -97,8 +97,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const
   const auto free = [](void* p) { ::operator delete(p, kAlign); };
   const std::unique_ptr<void, decltype(free)> prepared(::operator new(kernels.prepared_bytes(args), kAlign), free);
   args.prepared = prepared.get();
-  torch::stable::parallel_for(0, args.tokens, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, cols)),
-                              [&](int64_t t0, int64_t t1) { kernels.prepare(args, t0, t1); });
+  for_parts(args.tokens, worthwhile(cols), [&](int64_t t0, int64_t t1) { kernels.prepare(args, t0, t1); });
   for_strips("lscd_linear", args.w.shape, args.w.shape.padded_cols() * kStripRows * std::max<int64_t>(1, args.tokens),
              [&](int64_t s0, int64_t s1, Status* status) { kernels.linear(args, s0, s1, status); });
   return call.y;

@@ -3,44 +3,13 @@
 #pragma once
 
 #include <cmath>
-#include <new>
 #include <type_traits>
 
-#include "../common/float_bits.h"
+#include "../common/cpu.h"
 #include "lscd.h"
 
 namespace effk::lscd {
 namespace {
-
-template <Type>
-struct TypeOf;
-template <>
-struct TypeOf<Type::f32> {
-  using type = float;
-};
-template <>
-struct TypeOf<Type::f16> {
-  using type = Half;
-};
-template <>
-struct TypeOf<Type::bf16> {
-  using type = BFloat16;
-};
-template <>
-struct TypeOf<Type::i8> {
-  using type = int8_t;
-};
-
-// Calls f with a null pointer of the C++ type of t.
-template <class F>
-inline void with_type(Type t, const F& f) {
-  switch (t) {
-    case Type::f32: return f(static_cast<float*>(nullptr));
-    case Type::f16: return f(static_cast<Half*>(nullptr));
-    case Type::bf16: return f(static_cast<BFloat16*>(nullptr));
-    case Type::i8: return f(static_cast<int8_t*>(nullptr));
-  }
-}
 
 // Tile t of strip s, as read from untrusted memory.
 struct Tile {
@@ -118,21 +87,6 @@ inline void fetch_ahead(const V* v, const uint64_t* words) {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(v) + kAhead + i * 64));
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(words) + kWordsAhead));
 }
-
-// Memory for n Ts, aligned to a cache line. Throws std::bad_alloc.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n = 1) : data_(::operator new(n * sizeof(T), kAlign)) {}
-  ~Buffer() { ::operator delete(data_, kAlign); }
-  Buffer(const Buffer&) = delete;
-  T* get() const { return static_cast<T*>(data_); }
-  T* operator->() const { return get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  void* data_;
-};
 
 inline float activate(float v, Activation a) {
   switch (a) {

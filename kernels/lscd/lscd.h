@@ -3,14 +3,12 @@
 
 #include <cstdint>
 
+#include "../common/type.h"
 #include "format.h"
 
 namespace effk::lscd {
 
-enum class Type : int { f32, f16, bf16, i8 };
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
-
-constexpr int64_t type_size(Type t) { return t == Type::f32 ? 4 : t == Type::i8 ? 1 : 2; }
 
 struct Packed {
   Shape shape;

@@ -1,8 +1,7 @@
 // lscd with AVX-512 (VBMI2 and BF16). An 8x8 sub-tile is expanded into registers as 4 rows x 8 columns of bfloat16, or
 // 2 rows x 8 columns of float32, a register, and multiplied with the 8 inputs broadcast to every row. So each sum is
 // spread over 4 or 8 lanes, which are added once, at the end of a row.
-#include <immintrin.h>
-
+#include "../common/avx512.h"
 #include "cpu_common.h"
 
 namespace effk::lscd {
@@ -212,19 +211,6 @@ void prepare(const Linear& a, int64_t t0, int64_t t1) {
   }
 }
 
-inline __m512 load_floats(const float* p, __mmask16 k) { return _mm512_maskz_loadu_ps(k, p); }
-inline __m512 load_floats(const Half* p, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)); }
-inline __m512 load_floats(const BFloat16* p, __mmask16 k) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
-}
-inline void store_floats(float* p, __mmask16 k, __m512 v) { _mm512_mask_storeu_ps(p, k, v); }
-inline void store_floats(Half* p, __mmask16 k, __m512 v) {
-  _mm256_mask_storeu_epi16(p, k, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-inline void store_floats(BFloat16* p, __mmask16 k, __m512 v) {
-  _mm256_mask_storeu_epi16(p, k, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
-}
-
 // Ends the 16 sums of a token: scale, bias and activation in float32, then one rounding.
 template <class X>
 void write(const Linear& a, int64_t s, int64_t token, __m512 v) {
@@ -292,12 +278,8 @@ bool linear_direct(const Linear& a, int64_t s, Status* status) {
 
 // Packed weights that are needed soon, to be fetched from memory while others are multiplied.
 struct Ahead {
-  const char* at = nullptr;
-  int64_t lines = 0;
-  Ahead part(int64_t i, int64_t parts) const {
-    const int64_t from = lines * i / parts;
-    return {at + from * 64, lines * (i + 1) / parts - from};
-  }
+  const char *at = nullptr, *end = nullptr;
+  int64_t step = 64;  // bytes between two steps of work
 };
 
 // Many tokens: a block of weights is expanded into a panel in the cache and used for all tokens of a chunk. Weights of
@@ -318,18 +300,22 @@ struct Panel {
 // sums[N][groups] += expanded weights [sub_cols][groups] times x.
 template <class M, int N>
 void multiply_panel(const char* panel, int64_t sub_cols, const typename M::X* x, int64_t stride, bool first, float* to,
-                    const Ahead& ahead) {
+                    Ahead& ahead) {
   __m512 sums[N][kPanelGroups];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
     for (int g = 0; g < kPanelGroups; ++g)
       sums[n][g] = first ? _mm512_setzero_ps() : _mm512_load_ps(to + (n * kPanelGroups + g) * 16);
-  const char *fetch = ahead.at, *const fetch_end = ahead.at + ahead.lines * 64;
-  const int64_t fetch_step = (ahead.lines + sub_cols - 1) / sub_cols * 64;
+  // Into the first cache: what the next call starts with, its sums and its tokens.
+  const char *next_sums = reinterpret_cast<const char*>(to + N * kPanelGroups * 16),
+             *const sums_end = next_sums + N * kPanelGroups * 64,
+             *next_x = reinterpret_cast<const char*>(x + N * stride), *const x_end = next_x + N * stride * sizeof(*x);
   for (int64_t c = 0; c < sub_cols; ++c) {
-    if (fetch < fetch_end)
-      for (int64_t i = 0; i < fetch_step; i += 64, fetch += 64) _mm_prefetch(fetch, _MM_HINT_T1);
+    if (ahead.at < ahead.end)
+      for (int64_t i = 0; i < ahead.step; i += 64, ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
+    if (next_sums < sums_end) _mm_prefetch(next_sums, _MM_HINT_T0), next_sums += 64;
+    if (next_x < x_end) _mm_prefetch(next_x, _MM_HINT_T0), next_x += 64;
     typename M::Register xs[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) xs[n] = M::broadcast(x + n * stride + c * kSub);
@@ -347,7 +333,7 @@ void multiply_panel(const char* panel, int64_t sub_cols, const typename M::X* x,
 }
 
 template <class M, class... Args>
-void multiply_panel_of(int64_t tokens, const Args&... args) {
+void multiply_panel_of(int64_t tokens, Args&&... args) {
   switch (tokens) {
     case 1: return multiply_panel<M, 1>(args...);
     case 2: return multiply_panel<M, 2>(args...);
@@ -373,14 +359,17 @@ bool expand_block(const Packed& p, int64_t s, int64_t t0, int64_t t1, char* pane
   return true;
 }
 
-// The values of tiles [t0, t1) of a strip. Nothing is checked: fetching ahead from a wrong address does no harm.
+// The values of tiles [t0, t1) of a strip, to be fetched within `steps`. Nothing is checked: fetching ahead from a
+// wrong address does no harm.
 template <class V>
-Ahead values_of(const Packed& p, int64_t s, int64_t t0, int64_t t1) {
+Ahead values_of(const Packed& p, int64_t s, int64_t t0, int64_t t1, int64_t steps) {
   const int64_t tiles = p.shape.tiles(), begin = p.offsets[s * tiles + t0], end = p.offsets[s * tiles + t1];
   const auto address = reinterpret_cast<uintptr_t>(p.values) + static_cast<uintptr_t>(begin) * sizeof(V);
   const int64_t most = (t1 - t0) * kTileWeights * static_cast<int64_t>(sizeof(V)) / 64;
-  const int64_t lines = static_cast<int64_t>((static_cast<uint64_t>(end) - begin) * sizeof(V) / 64);
-  return {reinterpret_cast<const char*>(address), lines < 0 ? 0 : lines < most ? lines : most};
+  int64_t lines = static_cast<int64_t>((static_cast<uint64_t>(end) - begin) * sizeof(V) / 64);
+  lines = lines < 0 ? 0 : lines < most ? lines : most;
+  return {reinterpret_cast<const char*>(address), reinterpret_cast<const char*>(address + lines * 64),
+          (lines + steps - 1) / steps * 64};
 }
 
 // Strips [s0, s1), at most kGroupStrips, for one chunk of tokens.
@@ -391,6 +380,8 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s0, int64_t s1, Panel<
   const auto block_end = [&](int64_t t) { return t + M::kBlockTiles < tiles ? t + M::kBlockTiles : tiles; };
   const Layout<M> layout(a, chunk);
   const int64_t tokens = layout.chunk_tokens, parts = (tokens + kPanelTokens - 1) / kPanelTokens;
+  const int64_t few = tokens / parts, more_parts = tokens % parts;              // as even as can be
+  const int64_t strip_parts = (parts + M::kPanelStrips - 1) / M::kPanelStrips;  // for fetching a strip's values ahead
   for (int64_t t = 0; t < tiles; t = block_end(t)) {
     const int64_t t1 = block_end(t), end = t1 * kTileSubCols < sub_cols ? t1 * kTileSubCols : sub_cols;
     for (int64_t s = s0; s < s1; s += M::kPanelStrips) {
@@ -405,16 +396,15 @@ bool linear_chunk(const Linear& a, int64_t chunk, int64_t s0, int64_t s1, Panel<
         const uint64_t* next_words = tile_at(a.w, more ? next_s + i : s + i, more ? next_t : t).words;
         if (!expand_block<M, V>(a.w, s + i, t, t1, work.weights + i * P::kStripGroups * 64, next_words, status))
           return false;
-        if (more) ahead[i] = values_of<V>(a.w, next_s + i, next_t, block_end(next_t));
+        if (more)
+          ahead[i] = values_of<V>(a.w, next_s + i, next_t, block_end(next_t), strip_parts * (end - t * kTileSubCols));
       }
       auto& sums = work.sums[(s - s0) / M::kPanelStrips];
-      for (int64_t i = 0; i < parts; ++i) {  // as even as can be
-        const int64_t n0 = tokens * i / parts, n1 = tokens * (i + 1) / parts;
-        const int64_t strip = i * M::kPanelStrips / parts;  // whose values to fetch meanwhile
-        const int64_t from = (strip * parts + M::kPanelStrips - 1) / M::kPanelStrips;
-        const int64_t to = ((strip + 1) * parts + M::kPanelStrips - 1) / M::kPanelStrips;
-        multiply_panel_of<M>(n1 - n0, work.weights, end - t * kTileSubCols, layout.at(chunk + n0, t),
-                             layout.block_cols(t), t == 0, &sums[n0][0][0][0], ahead[strip].part(i - from, to - from));
+      for (int64_t i = 0, n0 = 0; i < parts; ++i) {
+        const int64_t n = few + (i < more_parts);
+        multiply_panel_of<M>(n, work.weights, end - t * kTileSubCols, layout.at(chunk + n0, t), layout.block_cols(t),
+                             t == 0, &sums[n0][0][0][0], ahead[i >= strip_parts]);
+        n0 += n;
       }
     }
   }

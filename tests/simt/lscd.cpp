@@ -6,7 +6,7 @@
 namespace effk::simt {
 namespace {
 
-using lscd::Activation, lscd::Dense, lscd::Linear, lscd::LinearPlan, lscd::Packed, lscd::Shape, lscd::Type;
+using lscd::Activation, lscd::Dense, lscd::Linear, lscd::LinearPlan, lscd::Packed, lscd::Shape;
 
 template <class T = void>
 T* pointer(Address a) {

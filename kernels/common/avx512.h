@@ -1,0 +1,26 @@
+// What AVX-512 kernels of all families share.
+#pragma once
+
+#include <immintrin.h>
+
+#include "float_bits.h"
+
+namespace effk {
+namespace {
+
+// 16 floats of any type; of those that the mask leaves out nothing is read or written.
+inline __m512 load_floats(const float* p, __mmask16 k) { return _mm512_maskz_loadu_ps(k, p); }
+inline __m512 load_floats(const Half* p, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)); }
+inline __m512 load_floats(const BFloat16* p, __mmask16 k) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
+}
+inline void store_floats(float* p, __mmask16 k, __m512 v) { _mm512_mask_storeu_ps(p, k, v); }
+inline void store_floats(Half* p, __mmask16 k, __m512 v) {
+  _mm256_mask_storeu_epi16(p, k, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_floats(BFloat16* p, __mmask16 k, __m512 v) {
+  _mm256_mask_storeu_epi16(p, k, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+
+}  // namespace
+}  // namespace effk

@@ -1,0 +1,59 @@
+// What the CPU kernels of all families share. In an anonymous namespace: files for different CPU levels must not share
+// code.
+#pragma once
+
+#include <new>
+
+#include "float_bits.h"
+#include "type.h"
+
+namespace effk {
+namespace {
+
+template <Type>
+struct TypeOf;
+template <>
+struct TypeOf<Type::f32> {
+  using type = float;
+};
+template <>
+struct TypeOf<Type::f16> {
+  using type = Half;
+};
+template <>
+struct TypeOf<Type::bf16> {
+  using type = BFloat16;
+};
+template <>
+struct TypeOf<Type::i8> {
+  using type = int8_t;
+};
+
+// Calls f with a null pointer of the C++ type of t.
+template <class F>
+inline void with_type(Type t, const F& f) {
+  switch (t) {
+    case Type::f32: return f(static_cast<float*>(nullptr));
+    case Type::f16: return f(static_cast<Half*>(nullptr));
+    case Type::bf16: return f(static_cast<BFloat16*>(nullptr));
+    case Type::i8: return f(static_cast<int8_t*>(nullptr));
+  }
+}
+
+// Memory for n Ts, aligned to a cache line. Throws std::bad_alloc.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n = 1) : data_(::operator new(n * sizeof(T), kAlign)) {}
+  ~Buffer() { ::operator delete(data_, kAlign); }
+  Buffer(const Buffer&) = delete;
+  T* get() const { return static_cast<T*>(data_); }
+  T* operator->() const { return get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  void* data_;
+};
+
+}  // namespace
+}  // namespace effk
