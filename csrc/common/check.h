@@ -18,19 +18,23 @@ using OptTensor = std::optional<Tensor>;
 
 #define EFFK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "effk::", op, ": ", __VA_ARGS__)
 
-// A contiguous tensor of x's dtype and device. Straight to the allocator: the dispatcher's way takes several times as
-// long, which shows at one token.
-inline Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& sizes) {
+// A contiguous tensor on x's device, of x's dtype if none is given. Straight to the allocator: the dispatcher's way takes
+// several times as long, which shows at one token.
+inline Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& sizes,
+                                std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  int32_t type, device_type, device_index;
+  if (dtype)
+    type = static_cast<int32_t>(torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype)));
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device_type, device_index, &handle));
+                                                         strides.data(), type, device_type, device_index, &handle));
   return Tensor(handle);
 }
 

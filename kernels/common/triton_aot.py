@@ -37,6 +37,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int32: "i32",
     torch.int64: "i64",
 }
 

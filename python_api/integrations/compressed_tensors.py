@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._modules import linear_weights
 from .._progress import progress_bar
-from ..lscd.modules import Record, linear_weights, sparsify_weight_
+from ..lscd.modules import Record, sparsify_weight_
 from ..lscd.reference import FLOATS
 
 log = logging.getLogger("effk")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import _modules
+from .._modules import LinearWeight, PackedModule, linear_at, linear_weights, obstacles, replace_
 from .._progress import progress_bar
 from . import reference
 
@@ -19,7 +20,7 @@ log = logging.getLogger("effk")
 VALUE_DTYPES = (*reference.FLOATS, torch.int8)
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(PackedModule):
     """nn.Linear for inference with a pruned weight: activation(x @ w.T + bias), w packed as docs/formats/lscd.md says.
 
     The weight is frozen; x and the bias get gradients. Built directly, all weights are pruned: fill it by
@@ -44,11 +45,13 @@ class SparseLinear(nn.Module):
         ValueError: unknown activation or dtype.
     """
 
+    packed_names = ("values", "bitmap", "offsets", "scale")
+    cast_names = ("values",)
+
     values: Tensor
     bitmap: Tensor
     offsets: Tensor
     scale: Tensor | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -149,11 +152,6 @@ class SparseLinear(nn.Module):
         """Share of the weights that are pruned. Waits for the device."""
         return 1 - self.nnz / max(1, self.in_features * self.out_features)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weight, without the bias."""
-        return sum(t.nbytes for t in self._packed().values())
-
     def extra_repr(self) -> str:
         parts = [
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
@@ -163,69 +161,23 @@ class SparseLinear(nn.Module):
             parts.append(f"nnz={self.nnz}, sparsity={self.sparsity:.3f}, nbytes={self.nbytes}")
         return ", ".join(parts)
 
-    def _packed(self) -> dict[str, Tensor]:
-        parts = {"values": self.values, "bitmap": self.bitmap, "offsets": self.offsets, "scale": self.scale}
-        return {name: t for name, t in parts.items() if t is not None}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Moves and casts, as `.to()` and its like ask; what isn't a plain number keeps its dtype."""
-        fixed = {name: t for name, t in self._packed().items() if name != "values"}
-        super()._apply(fn, recurse)
-        for name, before in fixed.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        found = {name: state_dict[prefix + name] for name in self.state_dict() if prefix + name in state_dict}
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        if not found.keys().isdisjoint(self._packed()):
-            if error := self._checkpoint_error(found, assign):
-                error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
-                return
-            if found["values"].shape != self.values.shape:
-                # torch's loader wants equal shapes, also where it puts the checkpoint's tensor here.
-                self.values = self.values.new_empty(found["values"].shape, device="meta" if assign else None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _checkpoint_error(self, found: dict[str, Any], assign: bool) -> str:
-        """What is wrong with the tensors of a checkpoint, or nothing."""
-        if lacking := self._packed().keys() - found:
-            return f"the checkpoint lacks {', '.join(sorted(lacking))} of the packed weight"
-        if odd := [name for name, t in found.items() if not isinstance(t, Tensor)]:
-            return f"{', '.join(odd)} of the checkpoint should be a tensor"
-        if not assign and any(t.is_meta for t in found.values()):
-            return "the checkpoint is on the meta device"
-        if len({found[name].device for name in self._packed()}) > 1:
-            return "the packed weight of the checkpoint is on several devices"
-        if self.bias is not None and "bias" in found and found["bias"].shape != self.bias.shape:
-            return f"bias has shape {list(found['bias'].shape)}; wanted {list(self.bias.shape)}"
-        dtype = found["values"].dtype
-        if dtype not in VALUE_DTYPES or (dtype == torch.int8) != (self.scale is not None):
-            return f"values has dtype {dtype}; this module was built for {self.values.dtype}"
+    def _try_packed(self, packed: Mapping[str, Tensor]) -> None:
+        values = packed["values"]
+        if values.dtype not in VALUE_DTYPES or (values.dtype == torch.int8) != (self.scale is not None):
+            raise RuntimeError(f"values has dtype {values.dtype}; this module was built for {self.values.dtype}")
+        x_dtype = torch.float32 if values.dtype == torch.int8 else values.dtype
+        x = torch.zeros(1, self.in_features, dtype=x_dtype, device=values.device)
         # A product with one token reads every tile, and raises where shapes or contents are wrong.
-        device = "meta" if found["values"].is_meta else "cpu"
-        values, bitmap, offsets, scale = (
-            found[name].to(device) if name in found else None for name in ("values", "bitmap", "offsets", "scale")
+        torch.ops.effk.lscd_linear(
+            x,
+            values,
+            packed["bitmap"],
+            packed["offsets"],
+            self.out_features,
+            self.in_features,
+            None,
+            packed.get("scale"),
         )
-        x = torch.zeros(1, self.in_features, dtype=torch.float32 if dtype == torch.int8 else dtype, device=device)
-        try:
-            torch.ops.effk.lscd_linear(x, values, bitmap, offsets, self.out_features, self.in_features, None, scale)
-        except RuntimeError as error:
-            return str(error)
-        return ""
 
 
 def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,34 +258,6 @@ def sparsify_(
     return records
 
 
-@dataclass(frozen=True)
-class LinearWeight:
-    """Paths of the nn.Linear modules that share a weight, and names of the parameters elsewhere that are the same."""
-
-    names: tuple[str, ...]
-    tied: tuple[str, ...]
-
-
-def linear_weights(model: nn.Module) -> list[LinearWeight]:
-    """The weights of all nn.Linear modules of a model.
-
-    Raises:
-        ValueError: the model is an nn.Linear itself: it can't be replaced in place.
-    """
-    if isinstance(model, nn.Linear):
-        raise ValueError("the model is an nn.Linear itself: use SparseLinear.from_linear")
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            weight = module._parameters.get("weight")
-            paths.setdefault(id(module if weight is None else weight), []).append(path)
-    tied: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in (f"{path}.weight" for path in paths.get(id(parameter), ())):
-            tied.setdefault(id(parameter), []).append(name)
-    return [LinearWeight(tuple(names), tuple(tied.get(key, ()))) for key, names in paths.items()]
-
-
 def sparsify_weight_(
     model: nn.Module,
     weight: LinearWeight,
@@ -343,10 +267,10 @@ def sparsify_weight_(
     filter: Callable[[str, nn.Linear], bool] | None = None,
 ) -> Record:
     """Does what `sparsify_` does for one weight."""
-    linear = _linear(model, weight.names[0])
+    linear = linear_at(model, weight.names[0])
     dense = linear.weight.detach()
     sparsity = math.nan if dense.is_meta else 1 - int(dense.count_nonzero()) / max(1, dense.numel())
-    skipped = next(_obstacles(model, weight, filter), "")
+    skipped = next(obstacles(model, weight, filter), "")
     if not skipped and dense.is_meta:
         skipped = "its weight is on the meta device"
     if not skipped and sparsity < min_sparsity:
@@ -357,45 +281,9 @@ def sparsify_weight_(
     else:
         module = SparseLinear.from_linear(linear, dtype=dtype)
         bytes_after = module.nbytes
-        _replace(model, weight, module)
+        replace_(model, weight, module)
         log.debug("lscd: packed %s", ", ".join(weight.names))
     return Record(weight.names, (linear.out_features, linear.in_features), sparsity, bytes_before, bytes_after, skipped)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def _replace(model: nn.Module, weight: LinearWeight, module: SparseLinear) -> None:
-    for name in weight.names:
-        model.set_submodule(name, module)
-
-
-def _obstacles(
-    model: nn.Module, weight: LinearWeight, filter: Callable[[str, nn.Linear], bool] | None = None
-) -> Iterator[str]:
-    """Why the Linears with a weight can't be replaced."""
-    first = _linear(model, weight.names[0])
-    for name in weight.names:
-        linear = _linear(model, name)
-        if type(linear) is not nn.Linear:
-            yield f"is a {type(linear).__name__}, not just nn.Linear"
-        if "weight" not in linear._parameters:
-            yield "its weight is not a plain parameter (after torch.nn.utils.prune, call prune.remove)"
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-            yield "has hooks"
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            yield "nn.TransformerEncoderLayer reads its weight"
-        if linear.bias is not first.bias:
-            yield f"shares its weight with {weight.names[0]} but not its bias"
-        if filter is not None and not filter(name, linear):
-            yield "left out by the filter"
-    if weight.tied:
-        yield f"its weight is tied to {', '.join(weight.tied)}"
-    if first.weight.dtype not in reference.FLOATS:
-        yield f"its weight has dtype {first.weight.dtype}"
 
 
 def prepare_(model: nn.Module, keys: Collection[str]) -> None:
@@ -409,18 +297,14 @@ def prepare_(model: nn.Module, keys: Collection[str]) -> None:
         ValueError: a layer that is packed in the checkpoint can't be replaced here; the model is unchanged.
     """
     keys = set(keys)
-    packed = [w for w in linear_weights(model) if any(f"{name}.bitmap" in keys for name in w.names)]
-    for weight in packed:
-        if reason := next(_obstacles(model, weight), ""):
-            raise ValueError(f"{', '.join(weight.names)} is packed in the checkpoint, but can't be here: {reason}")
-    for weight in packed:
-        linear = _linear(model, weight.names[0])
-        module = SparseLinear(
+
+    def empty(linear: nn.Linear, names: tuple[str, ...]) -> SparseLinear:
+        return SparseLinear(
             linear.in_features,
             linear.out_features,
             bias=False,
-            dtype=torch.int8 if any(f"{name}.scale" in keys for name in weight.names) else linear.weight.dtype,
+            dtype=torch.int8 if any(f"{name}.scale" in keys for name in names) else linear.weight.dtype,
             device=linear.weight.device,
         )
-        module.bias = linear.bias
-        _replace(model, weight, module.train(linear.training))
+
+    _modules.prepare_(model, keys, "bitmap", empty)
