@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import json
 import time
 import xml.etree.ElementTree as ElementTree
@@ -9,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from effk import _registry, backends
+from effk import _library, _registry, backends
 from effk.perf import __main__ as perf
-from effk.perf import lscd
+from effk.perf import lscd, w4a8
 from effk.perf.harness import page, run, table
 from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
 from effk.perf.harness.problem import Derived, Family, Goal, Peer, Problem, Work, families
 from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, changes
-from effk.perf.harness.timing import CpuClock, Stats, last_level_cache
+from effk.perf.harness.timing import WARM_UPS, CpuClock, How, Stats, last_level_cache, torch_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,7 +39,7 @@ class ScriptedClock:
     def copies(self, nbytes: int) -> int:
         return 1
 
-    def sampler(self, calls, graph):
+    def sampler(self, calls, how):
         script = self.scripts.pop(0) if self.scripts else [1.0]
         state = {"i": 0}
 
@@ -116,11 +118,13 @@ def test_names_are_unique() -> None:
     [
         *(lscd.linear(dtype, 0.6, 3, (37, 290)) for dtype in lscd.DTYPES),
         *lscd.packing(37, 290),
+        *(w4a8.linear(3, x, share8, (37, 290)) for x in w4a8.DTYPES for share8 in (0.0, 0.4, 1.0)),
+        *w4a8.others((37, 290), 5),
     ],
     ids=lambda problem: problem.name,
 )
-def test_lscd_is_checked_on_every_back_end(problem: Problem) -> None:
-    family = Family("lscd", [problem], ())
+def test_results_are_checked_on_every_back_end(problem: Problem) -> None:
+    family = Family("family", [problem], ())
     entry = run.Runner(CPU, ScriptedClock(), LIMITS, None, 1.0, 0).measure(problem, family)
     assert not entry.wrong
     own = {e.name for e in entry.entries if e.kind == "effk"}
@@ -141,6 +145,30 @@ def test_one_lost_weight_is_seen() -> None:
     assert torch.equal(right, expected)
     bound = 2.0**-8 * expected.double().abs() / 2
     assert difference(torch.ops.effk.lscd_linear(x, lost, *rest), expected.double(), bound)
+
+
+@pytest.mark.parametrize("x", w4a8.DTYPES)
+def test_one_wrong_integer_is_seen(x: str) -> None:
+    problem = w4a8.linear(2, x, 0.4, (37, 290))
+    work = problem.make(problem, CPU)
+    (tokens, *packed, group), _ = work.arguments(work.inputs)
+    assert work.check(torch.ops.effk.w4a8_linear(tokens, *packed, group), True) == ""
+    assert (tokens[:, 0] != 0).all()
+    for i in (0, 3):  # q4 and q8, of which the first byte is of the first column
+        wrong = [t.clone() for t in packed]
+        wrong[i].view(-1)[0] ^= 1
+        assert work.check(torch.ops.effk.w4a8_linear(tokens, *wrong, group), True)
+
+
+@pytest.mark.parametrize("peer", ["onnxruntime", "torch-int4pack", "onednn-u8s8", "torch-bf16", "torch-f32"])
+def test_peers_of_w4a8_compute_the_same(peer: str) -> None:
+    """Else they would be no peers. Where they are installed."""
+    x = "f32" if peer in ("onnxruntime", "torch-f32") else "bf16"
+    problem = w4a8.linear(3, x, shape=(64, 256))
+    entry = measure(problem, peers=[peer])
+    if reason := entry.missing.get(peer):
+        pytest.skip(reason)
+    assert not entry.wrong and entry.find(peer) is not None
 
 
 def test_stats_by_hand() -> None:
@@ -166,6 +194,26 @@ def test_steady_times_settle_and_noisy_ones_use_their_share() -> None:
         assert entry.time.n > run.ROUNDS or entry.time.n * 0.13 / 3 >= 1.0 / len(names) - 0.09
     slow = measure(unpack_problem(), ScriptedClock(*([10.0] for _ in names)))
     assert {e.time.n for e in slow.entries} == {run.MIN_ROUNDS}
+
+
+def test_what_is_between_timed_calls_counts_too() -> None:
+    """Samples that never settle, nor ever use up the seconds of timed calls, come to an end."""
+
+    class Waiting(ScriptedClock):
+        def sampler(self, calls, how):
+            sample = super().sampler(calls, how)
+
+            def waiting() -> float:
+                time.sleep(2e-3)
+                return sample()
+
+            return waiting
+
+    names = [b for b in backends("lscd_unpack") if b.startswith("cpu-")]
+    clock = Waiting(*([1e-9, 3e-9, 9e-9] for _ in names))
+    runner = run.Runner(CPU, clock, LIMITS, None, 0.01, 0)
+    entry = runner.measure(unpack_problem(), Family("family", [], ()))
+    assert {e.time.n >= run.MIN_ROUNDS for e in entry.entries} == {True}
 
 
 @pytest.mark.parametrize("off", [1.0, float("nan")])
@@ -324,5 +372,46 @@ def test_the_cpu_clock_times_the_call_alone() -> None:
     clock = CpuClock()
     assert clock.copies(1) == 1 and clock.buffer.nbytes >= 2 * last_level_cache()
     done = []
-    seconds = clock.sampler([lambda: done.append(time.sleep(0.02))], True)()
+    seconds = clock.sampler([lambda: done.append(time.sleep(0.02))], How())()
     assert len(done) == 1 and seconds >= 0.02
+
+
+def test_warm_caches_and_other_threads() -> None:
+    clock, threads = CpuClock(), torch.get_num_threads()
+    done = []
+    clock.sampler([lambda: done.append(1)], How(warm=True))()
+    assert 2 <= len(done) <= WARM_UPS + 1
+    done.clear()
+    clock.sampler([lambda: done.append(torch.get_num_threads())], How(own_threads=True))()
+    assert done == [threads, threads]
+    with torch_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads
+
+
+def test_a_problem_that_says_so_is_warm() -> None:
+    seen = []
+
+    class Listening(ScriptedClock):
+        def sampler(self, calls, how):
+            seen.append((len(calls), how.warm))
+            return super().sampler(calls, how)
+
+        def copies(self, nbytes: int) -> int:
+            return 3
+
+    problem = unpack_problem()
+    measure(problem, Listening())
+    assert set(seen) == {(3, False)}
+    seen.clear()
+    warm = measure(dataclasses.replace(problem, size={**problem.size, "caches": "warm"}), Listening())
+    assert set(seen) == {(1, True)}
+    assert warm.limit == "compute" or not warm.roofline
+
+
+def test_int8_operations_are_counted() -> None:
+    operations = _library.cpu.handle.effk_int8_operations
+    operations.argtypes, operations.restype = [ctypes.c_int64], ctypes.c_int64
+    has_vnni = "avx512" in _library.supported_cpu_levels()
+    # Of each round's 16 instructions, every one multiplies and adds 64 pairs of bytes.
+    assert operations(1000) == (1000 * 16 * 64 * 2 if has_vnni else 0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import effk
 import torch
 import torch.nn.functional as F
+from effk import _library
 
 from .timing import last_level_cache
 
@@ -28,7 +32,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """The best rates seen: bytes/s of reading and of copying (read plus written), flop/s of matmul by dtype."""
+    """The best rates seen: bytes/s of reading and of copying (read plus written), flop/s of matmul by dtype.
+
+    int8's are operations with 32-bit sums. On a CPU with VNNI they are those of its instruction on registers alone.
+    """
 
     read: float
     copy: float
@@ -64,7 +71,31 @@ def measure_limits(device: torch.device) -> Limits:
         # Drawn as inputs are: on a GPU the power, and so the clock, depends on the bits.
         x, w = (torch.randint(-255, 256, (n, n), device=device).to(dtype) / 128 for _ in range(2))
         matmul[dtype_name(dtype)] = 2 * n**3 / best(functools.partial(F.linear, x, w))
+    x, w = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
+    int8 = 2 * n**3 / best(lambda: torch._int_mm(x, w.T))
+    matmul["int8"] = int8 if cuda else max(int8, _vnni_rate())
     return Limits(read, copy, matmul)
+
+
+def _vnni_rate(repeats: int = 20, rounds: int = 1 << 21) -> float:
+    """Operations/s of torch's number of threads together, none of them touching memory; 0 without VNNI."""
+    operations = _library.cpu.handle.effk_int8_operations
+    operations.argtypes, operations.restype = [ctypes.c_int64], ctypes.c_int64
+    threads = torch.get_num_threads()
+    together = threading.Barrier(threads)
+
+    def run(_: int) -> tuple[float, float, int]:
+        together.wait()
+        start = time.perf_counter()
+        count = operations(rounds)
+        return start, time.perf_counter(), count
+
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            starts, ends, counts = zip(*pool.map(run, range(threads)), strict=True)
+            best = max(best, sum(counts) / (max(ends) - min(starts)))
+    return best
 
 
 def _best_cpu(call: Callable[[], Any], seconds: float = 0.25) -> float:
@@ -96,7 +127,7 @@ def facts(device: torch.device, caches: str) -> dict[str, Any]:
     # Names, not paths: results are published.
     status["libraries"] = {name: text.rsplit("/", 1)[-1] for name, text in status["libraries"].items()}
     versions = {}
-    for package in ("numpy", "scipy", "triton", "cupy-cuda13x"):
+    for package in ("numpy", "scipy", "onnxruntime", "triton", "cupy-cuda13x"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

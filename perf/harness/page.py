@@ -125,8 +125,11 @@ def speedup_picture(problems: Sequence[ProblemEntry]) -> str:
 
 
 def roofline_picture(record: Record) -> str:
-    """Useful flop/s over useful flops a byte: effk's main back end (full) and the peers (hollow) under the roof."""
-    problems = [p for p in record.problems if p.flops and p.find(p.main)]
+    """Useful flop/s over useful flops a byte: effk's main back end (full) and the peers (hollow) under the roof.
+
+    Without warm problems, since the roof is memory's.
+    """
+    problems = [p for p in record.problems if p.flops and p.find(p.main) and p.size.get("caches") != "warm"]
     if not problems:
         return ""
     names = ["effk", *table.unique(e.name for p in problems for e in p.entries if e.kind == "peer")]

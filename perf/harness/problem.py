@@ -35,6 +35,7 @@ class Peer:
         missing: work -> why the peer can't run there, or "".
         view: brings the call's result into the shape of `Work.expected`; not timed.
         graph: whether a CUDA graph can capture the call.
+        own_threads: whether it computes on CPU threads that aren't torch's.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Peer:
     missing: Callable[[Work], str] = nothing_missing
     view: Callable[[Any], Any] = unchanged
     graph: bool = True
+    own_threads: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Problem:
-    """One op at one size. `size` names it and is what goals are matched with; a quick problem is --quick's alone."""
+    """One op at one size. `size` names it and is what goals are matched with; a quick problem is --quick's alone.
+
+    Where `size` says caches="warm", the inputs are in the caches when a call is timed; else they are not.
+    """
 
     op: str
     size: Mapping[str, Any]
@@ -91,6 +96,10 @@ class Problem:
     peers: Mapping[str, Sequence[Peer]]  # by type of device, as are derived
     derived: Mapping[str, Sequence[Derived]]
     quick: bool = False
+
+    @property
+    def warm(self) -> bool:
+        return self.size.get("caches") == "warm"
 
     @property
     def name(self) -> str:

@@ -53,7 +53,7 @@ class ProblemEntry:
     bytes: int  # that have to be moved, weights packed
     flops: float  # that the result needs
     dtype: str  # whose matmul rate is the limit
-    roofline: float  # seconds: max(bytes / bandwidth, flops / rate)
+    roofline: float  # seconds: max(bytes / bandwidth, flops / rate); of warm caches flops / rate
     limit: str  # "memory" or "compute", whichever that is
     main: str  # effk's back end that a plain call takes here
     entries: list[Entry]

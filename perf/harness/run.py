@@ -16,11 +16,12 @@ from effk import _registry
 from .machine import Limits, dtype_name
 from .problem import Call, Family, Peer, Problem, Work, nothing_missing, unchanged
 from .record import Entry, GoalEntry, ProblemEntry
-from .timing import Clock, Sample, Stats
+from .timing import Clock, How, Sample, Stats
 
 ROUNDS = 15  # before a median may count as settled
 MIN_ROUNDS = 5  # of candidates that use up their share of the time
 PRECISION = 0.01  # relative standard error of a settled median
+ELAPSED = 2.0  # times a candidate's share of the time, for its samples with what is done between timed calls
 TOO_SLOW = 1.0  # seconds of a call that isn't worth more than one
 SCALAR_FLOPS = 1e9  # of problems that are too large for the scalar level
 
@@ -35,6 +36,7 @@ class Candidate:
     missing: Callable[[Work], str] = nothing_missing
     view: Callable[[Any], Any] = unchanged
     graph: bool = True
+    own_threads: bool = False
 
 
 @dataclass
@@ -42,13 +44,19 @@ class Timed:
     candidate: Candidate
     sample: Sample
     samples: list[float] = field(default_factory=list)
+    elapsed: float = 0.0  # seconds, of samples with cold caches and waiting
+
+    def add_sample(self) -> None:
+        start = time.perf_counter()
+        self.samples.append(self.sample())
+        self.elapsed += time.perf_counter() - start
 
     @property
     def settled(self) -> bool:
         return len(self.samples) >= ROUNDS and Stats.of(self.samples).precision < PRECISION
 
     def exhausted(self, seconds: float) -> bool:
-        return len(self.samples) >= MIN_ROUNDS and sum(self.samples) >= seconds
+        return len(self.samples) >= MIN_ROUNDS and (sum(self.samples) >= seconds or self.elapsed >= ELAPSED * seconds)
 
 
 def main_backend(op: str, device: torch.device) -> str:
@@ -81,7 +89,7 @@ def _effk(problem: Problem, work: Work, backend: str, device: torch.device) -> C
 
 
 def _peer(peer: Peer) -> Candidate:
-    return Candidate(peer.name, "peer", peer.make, peer.missing, peer.view, peer.graph)
+    return Candidate(peer.name, "peer", peer.make, peer.missing, peer.view, peer.graph, peer.own_threads)
 
 
 class WrongResult(Exception):
@@ -113,9 +121,11 @@ class Runner:
         self.peers, self.seconds = peers, seconds
         self.random = random.Random(seed)
 
+    @torch.inference_mode()  # as these ops are used; torch would look for gradients in Python at every call
     def measure(self, problem: Problem, family: Family) -> ProblemEntry:
         work = problem.make(problem, self.device)
-        inputs = [work.inputs, *(copy.deepcopy(work.inputs) for _ in range(1, self.clock.copies(work.bytes)))]
+        copies = 1 if problem.warm else self.clock.copies(work.bytes)
+        inputs = [work.inputs, *(copy.deepcopy(work.inputs) for _ in range(1, copies))]
         candidates = [_effk(problem, work, b, self.device) for b in _backends(problem.op, self.device)]
         peers = problem.peers[self.device.type]
         candidates += [_peer(p) for p in peers if self.peers is None or p.name in self.peers]
@@ -132,7 +142,8 @@ class Runner:
                 if seconds > TOO_SLOW:
                     missing[candidate.name] = f"right but too slow to time: one call took {seconds:.1f} s"
                 else:
-                    timed.append(Timed(candidate, self.clock.sampler(calls, candidate.graph)))
+                    how = How(problem.warm, candidate.graph, candidate.own_threads)
+                    timed.append(Timed(candidate, self.clock.sampler(calls, how)))
             except WrongResult as error:
                 wrong[candidate.name] = f"wrong result: {error}"
             except Exception as error:  # whatever a peer fails with, the run goes on and says so
@@ -163,7 +174,7 @@ class Runner:
             active = list(timed)
             while not all(one.settled for one in active):
                 for one in self._shuffled(active):
-                    one.samples.append(one.sample())
+                    one.add_sample()
                 active = [one for one in active if not one.exhausted(share)]
         finally:
             gc.enable()
@@ -192,7 +203,9 @@ class Runner:
                 times[derived.name] = ("derived", Stats(0, *(seconds,) * 4))
 
         main = main_backend(problem.op, self.device)
-        roofline = self.limits.seconds(work.bytes, work.flops, dtype_name(work.dtype))
+        # What is in the caches needn't come from memory.
+        nbytes = 0 if problem.warm else work.bytes
+        roofline = self.limits.seconds(nbytes, work.flops, dtype_name(work.dtype))
         own = times[main][1].median if main in times else None
         entries = [
             Entry(name, kind, stats, roofline / stats.median, stats.median / own if own else None)
@@ -208,7 +221,7 @@ class Runner:
             flops=work.flops,
             dtype=dtype_name(work.dtype),
             roofline=roofline,
-            limit="memory" if roofline == self.limits.memory_seconds(work.bytes) else "compute",
+            limit="memory" if roofline == self.limits.memory_seconds(nbytes) else "compute",
             main=main,
             entries=entries,
             goals=[

@@ -137,7 +137,10 @@ def goals_line(record: Record) -> str:
 
 
 def limits_line(record: Record) -> str:
-    matmul = ", ".join(f"{name} {rate(value, 'flop/s')}" for name, value in record.limits.matmul.items())
+    matmul = ", ".join(
+        f"{name} {rate(value, 'op/s' if name.startswith('int') else 'flop/s')}"
+        for name, value in record.limits.matmul.items()
+    )
     return f"read {rate(record.limits.read, 'B/s')}, copy {rate(record.limits.copy, 'B/s')}, matmul {matmul}"
 
 

@@ -1,11 +1,12 @@
-"""Clocks with cold caches, and the statistics of their samples."""
+"""Clocks with cold or warm caches, and the statistics of their samples."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,35 @@ import torch
 from .problem import Call
 
 Sample = Callable[[], float]  # runs a candidate once and returns seconds a call
+
+WARM_UPS = 10  # calls before one that is timed with warm caches
+WARM_SECONDS = 0.01  # after which fewer will do
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Some microseconds: for calls that take longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class How:
+    """A call is timed.
+
+    Attributes:
+        warm: with its inputs in the caches.
+        graph: in a CUDA graph.
+        own_threads: on CPU threads that aren't torch's.
+    """
+
+    warm: bool = False
+    graph: bool = True
+    own_threads: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,7 @@ class Clock(Protocol):
         """How many copies of inputs of that size are needed."""
         ...
 
-    def sampler(self, calls: Sequence[Call], graph: bool) -> Sample:
+    def sampler(self, calls: Sequence[Call], how: How) -> Sample:
         """Times the calls, one a copy."""
         ...
 
@@ -75,51 +105,89 @@ class CpuClock:
     """Times one call at a time, after all threads have read a buffer of twice the last-level cache.
 
     Reading leaves no dirty lines whose write-back would fall into the timed call, and wakes the threads up. A loop
-    over the call would warm the caches, so there is none; perf_counter resolves well below a microsecond.
+    over the call would warm the caches, so there is none; perf_counter resolves well below a microsecond. Where the
+    caches shall be warm, the call runs some times right before.
+
+    Threads wait for work by spinning, for milliseconds after their last. For a candidate with threads of its own, the
+    others' have to sleep by then and its own to be awake, as torch's are for the others; afterwards its own have to
+    sleep.
     """
 
     def __init__(self) -> None:
         self.buffer = torch.ones(2 * last_level_cache() // 4)
-        self.caches = f"cold: {self.buffer.nbytes >> 20} MiB, twice the last-level cache, are read before every call"
+        self.caches = (
+            f"cold: {self.buffer.nbytes >> 20} MiB, twice the last-level cache, are read before every call; "
+            f"where said warm: the call runs before, {WARM_UPS} times or for {WARM_SECONDS * 1e3:g} ms"
+        )
 
     def copies(self, nbytes: int) -> int:
         return 1
 
-    def sampler(self, calls: Sequence[Call], graph: bool) -> Sample:
+    def sampler(self, calls: Sequence[Call], how: How) -> Sample:
         (call,) = calls
 
         def sample() -> float:
-            self.buffer.sum()
+            if how.own_threads:
+                self.wait_for_quiet()
+                call()
+                with torch_threads(1):
+                    self.buffer.sum()
+            else:
+                self.buffer.sum()
+            if how.warm:
+                end = time.perf_counter() + WARM_SECONDS
+                for _ in range(WARM_UPS):
+                    call()
+                    if time.perf_counter() > end:
+                        break
             start = time.perf_counter()
             result = call()
             seconds = time.perf_counter() - start
             del result  # freeing it isn't timed
+            if how.own_threads:
+                self.wait_for_quiet()
             return seconds
 
         return sample
+
+    @staticmethod
+    def wait_for_quiet(longest: float = 0.5) -> None:
+        """Until no thread of this process is busy."""
+        end = time.perf_counter() + longest
+        while time.perf_counter() < end:
+            before = time.process_time()
+            time.sleep(1e-3)
+            if time.process_time() - before < 2e-4:
+                return
 
 
 class CudaClock:
     """Replays one CUDA graph of calls on rotating copies of the inputs, between two events.
 
     Copies of more than twice the L2 cache in all keep every call's weights out of it. Where a call can't be captured,
-    the calls are launched one after the other, launch time included.
+    the calls are launched one after the other, launch time included. Where the caches shall be warm, calls on one copy
+    are repeated.
     """
 
     def __init__(self) -> None:
         self.l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.caches = f"cold: calls rotate over copies of the inputs, more than {2 * self.l2 >> 20} MiB (2 L2) in all"
+        self.caches = (
+            f"cold: calls rotate over copies of the inputs, more than {2 * self.l2 >> 20} MiB (2 L2) in all; "
+            f"where said warm: calls on one copy, {WARM_UPS} before and {WARM_UPS} timed"
+        )
 
     def copies(self, nbytes: int) -> int:
         return 2 * self.l2 // max(nbytes, 1 << 16) + 2
 
-    def sampler(self, calls: Sequence[Call], graph: bool) -> Sample:
+    def sampler(self, calls: Sequence[Call], how: How) -> Sample:
+        calls = list(calls) * (WARM_UPS if how.warm else 1)
+
         def launch() -> None:
             for call in calls:
                 call()
 
         run: Callable[[], None] = launch
-        if graph:
+        if how.graph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -132,6 +200,8 @@ class CudaClock:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def sample() -> float:
+            if how.warm:
+                run()
             begin.record()
             run()
             end.record()
