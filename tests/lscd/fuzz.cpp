@@ -4,79 +4,23 @@
 // also catches what the sanitizer doesn't instrument, such as masked loads), in the rest the sanitizer's own red zones
 // surround it. What csrc/ checks before it calls a kernel (shapes, both ends of offsets) is checked here too. The
 // kernels must stay in bounds, and call a tile corrupt exactly when the format, read bit by bit, says so.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "../../kernels/common/cpu_level.h"
 #include "../../kernels/lscd/lscd.h"
+#include "../kit/fuzzing.h"
 
 using namespace effk::lscd;
+using namespace effk::fuzz;
+using effk::Type;
+using effk::type_size;
 
 namespace {
-
-using Random = std::mt19937_64;
-
-int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
-
-template <class T, size_t N>
-T pick(Random& random, const T (&options)[N]) {
-  return options[below(random, N)];
-}
-
-// Memory of exactly `size` bytes, on the heap or right before an unmapped page.
-class Buffer {
- public:
-  Buffer(int64_t size, int64_t alignment, bool guarded) : size_(size), alignment_(alignment), guarded_(guarded) {
-    if (guarded) {
-      const int64_t page = sysconf(_SC_PAGESIZE);
-      // A multiple of the alignment may be left over between the end and the page.
-      const int64_t used = (size + alignment - 1) / alignment * alignment;
-      mapped_ = (used + page - 1) / page * page + page;
-      base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (base_ == MAP_FAILED) std::abort();
-      if (mprotect(static_cast<char*>(base_) + mapped_ - page, page, PROT_NONE) != 0) std::abort();
-      data_ = static_cast<char*>(base_) + mapped_ - page - used;
-    } else {
-      data_ = ::operator new(size, std::align_val_t(alignment));
-    }
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() {
-    if (guarded_)
-      munmap(base_, mapped_);
-    else
-      ::operator delete(data_, std::align_val_t(alignment_));
-  }
-
-  template <class T>
-  T* as() {
-    return static_cast<T*>(data_);
-  }
-
-  void fill(Random& random) {
-    int64_t i = 0;
-    for (; i + 8 <= size_; i += 8) {
-      const uint64_t word = random();
-      std::memcpy(as<char>() + i, &word, 8);
-    }
-    for (; i < size_; ++i) as<char>()[i] = static_cast<char>(random());
-  }
-
- private:
-  int64_t size_, alignment_, mapped_ = 0;
-  bool guarded_;
-  void *base_ = nullptr, *data_ = nullptr;
-};
 
 // Packed tensors before they get exact buffers.
 struct Draft {
