@@ -44,7 +44,7 @@ void check_perm(const char* op, const Packed& w) {
 }
 
 // As kernels want them: 64 bytes between two tokens' beginnings, or a multiple.
-int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
+int64_t padded(int64_t cols) { return ((cols + 63) / 64 | 1) * 64; }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, int64_t group) {
   QuantizeCall call = check_quantize("w4a8_quantize", x, group);

@@ -22,5 +22,14 @@ inline void store_floats(BFloat16* p, __mmask16 k, __m512 v) {
   _mm256_mask_storeu_epi16(p, k, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }
 
+// All 16: several times faster than a mask of ones on some CPUs.
+inline void store_floats(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+inline void store_floats(Half* p, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_floats(BFloat16* p, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+
 }  // namespace
 }  // namespace effk

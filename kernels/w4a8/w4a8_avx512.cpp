@@ -18,6 +18,10 @@ inline __m512i broadcast(const int8_t* x) {
 inline void multiply_add(__m512i& acc, __m512i weights, __m512i x) {
   asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
 }
+// The same of pairs of 16 bits.
+inline void multiply_add_pairs(__m512i& acc, __m512i a, __m512i b) {
+  asm volatile("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
 
 // Blocks of one width, as a kernel walks over them.
 struct Four {
@@ -81,20 +85,15 @@ struct EightRest : Eight {
   }
 };
 
-// acc[token][block] = the sums of q * x of one group.
+// acc[token][block] += the sums of q * x of one group.
 template <class W, int NB, int MT>
 inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x, int64_t stride, int64_t step0,
                                                      int64_t step1, __m512i (&acc)[MT][NB]) {
   constexpr int64_t kAhead = 1024;
   // Where there are few sums, each phase has its own, or they would wait for themselves.
   constexpr int kSets = W::kPhases == 2 && MT * NB <= 8 ? 2 : 1;
-  __m512i sets[kSets][MT][NB];
-#pragma GCC unroll 2
-  for (int i = 0; i < kSets; ++i)
-#pragma GCC unroll 16
-    for (int t = 0; t < MT; ++t)
-#pragma GCC unroll 8
-      for (int b = 0; b < NB; ++b) sets[i][t][b] = _mm512_setzero_si512();
+  constexpr int OT = kSets == 2 ? MT : 1, OB = kSets == 2 ? NB : 1;
+  __m512i other[OT][OB] = {};
   for (int64_t step = step0; step < step1; ++step) {
     const auto phase = [&](auto p) __attribute__((always_inline)) {
       int64_t same = step;
@@ -109,7 +108,8 @@ inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x
         for (int b = 0; b < NB; ++b) {
           const __m512i weights = w[b].template weights<p.value>(same);
 #pragma GCC unroll 8
-          for (int t = 0; t < MT; ++t) multiply_add(sets[p.value % kSets][t][b], weights, xs[t]);
+          for (int t = 0; t < MT; ++t)
+            multiply_add(p.value % kSets ? other[t % OT][b % OB] : acc[t][b], weights, xs[t]);
         }
       } else {  // the other way round
         __m512i weights[NB];
@@ -119,7 +119,8 @@ inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x
         for (int t = 0; t < MT; ++t) {
           const __m512i xs = broadcast(at + t * stride);
 #pragma GCC unroll 8
-          for (int b = 0; b < NB; ++b) multiply_add(sets[p.value % kSets][t][b], weights[b], xs);
+          for (int b = 0; b < NB; ++b)
+            multiply_add(p.value % kSets ? other[t % OT][b % OB] : acc[t][b], weights[b], xs);
         }
       }
     };
@@ -129,11 +130,11 @@ inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x
       phase(std::integral_constant<int, 1>());
     }
   }
+  if constexpr (kSets == 2)
 #pragma GCC unroll 16
-  for (int t = 0; t < MT; ++t)
+    for (int t = 0; t < MT; ++t)
 #pragma GCC unroll 8
-    for (int b = 0; b < NB; ++b)
-      acc[t][b] = kSets == 1 ? sets[0][t][b] : _mm512_add_epi32(sets[0][t][b], sets[kSets - 1][t][b]);
+      for (int b = 0; b < NB; ++b) acc[t][b] = _mm512_add_epi32(acc[t][b], other[t][b]);
 }
 
 // For groups [g0, g1), MT tokens from t on and NB blocks: calls end(group, acc, -zero of each block).
@@ -144,18 +145,21 @@ inline __attribute__((always_inline)) void for_groups(const Linear& a, const W* 
   const int8_t* x = a.q + t * a.q_stride;
   const int64_t steps = s.group / W::kStep, last = (s.cols + W::kStep - 1) / W::kStep;
   for (int64_t g = g0; g < g1; ++g) {
-    __m512i acc[MT][NB];
-    add_group<W, NB, MT>(w, x, a.q_stride, g * steps, (g + 1) * steps < last ? (g + 1) * steps : last, acc);
-    // Takes zero * (sum of x) off, exactly: products of pairs of 16 bits, where the second of -zero is 0.
+    // Sums begin at -zero * (sum of x): exact products of pairs of 16 bits, where the second of -zero is 0. In the
+    // beginning, since the registers for it are still free.
+    __m512i acc[MT][NB], minus_zero[NB];
 #pragma GCC unroll 8
-    for (int b = 0; b < NB; ++b) {
-      const __m512i minus_zero = w[b].minus_zero(g);
+    for (int b = 0; b < NB; ++b) minus_zero[b] = w[b].minus_zero(g);
 #pragma GCC unroll 16
-      for (int i = 0; i < MT; ++i) {
-        const __m512i sum = _mm512_set1_epi32(a.sums[(t + i) * s.groups() + g]);
-        acc[i][b] = _mm512_dpwssd_epi32(acc[i][b], minus_zero, sum);
+    for (int i = 0; i < MT; ++i) {
+      const __m512i sum = _mm512_set1_epi32(a.sums[(t + i) * s.groups() + g]);
+#pragma GCC unroll 8
+      for (int b = 0; b < NB; ++b) {
+        acc[i][b] = _mm512_setzero_si512();
+        multiply_add_pairs(acc[i][b], minus_zero[b], sum);
       }
     }
+    add_group<W, NB, MT>(w, x, a.q_stride, g * steps, (g + 1) * steps < last ? (g + 1) * steps : last, acc);
     end(g, acc);
   }
 }
@@ -208,8 +212,8 @@ class Places {
   template <class Y>
   void store(Y* y, const float* bias, __m512 sums) const {
     if (bias) sums = _mm512_add_ps(sums, _mm512_mask_i32gather_ps(sums, mask_, at_, bias, 4));
-    if (near_ == mask_) {
-      store_floats(y + perm_[0], mask_, sums);
+    if (near_ == 0xffff) {
+      store_floats(y + perm_[0], sums);
     } else if (near_ == 0) {
       alignas(64) float v[kBlock];
       _mm512_store_ps(v, sums);
@@ -351,7 +355,10 @@ void quantize_fast(const Quantize& a, int64_t t0, int64_t t1) {
         for (int64_t i = 0; i < n; i += 16) {
           const __m512i rounded = _mm512_maskz_cvtps_epi32(valid, _mm512_div_ps(_mm512_load_ps(v + i), divisor));
           sum = _mm512_add_epi32(sum, rounded);
-          _mm512_mask_cvtepi32_storeu_epi8(q + k0 + i, mask(i), rounded);
+          if (n - i >= 16)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k0 + i), _mm512_cvtepi32_epi8(rounded));
+          else
+            _mm512_mask_cvtepi32_storeu_epi8(q + k0 + i, mask(i), rounded);
         }
         if (a.sums) a.sums[t * groups + g] = _mm512_reduce_add_epi32(sum);
       }
