@@ -18,8 +18,8 @@ using OptTensor = std::optional<Tensor>;
 
 #define EFFK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "effk::", op, ": ", __VA_ARGS__)
 
-// A contiguous tensor on x's device, of x's dtype if none is given. Straight to the allocator: the dispatcher's way takes
-// several times as long, which shows at one token.
+// A contiguous tensor on x's device, of x's dtype if none is given. Straight to the allocator: the dispatcher's way
+// takes several times as long, which shows at one token.
 inline Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& sizes,
                                 std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size());

@@ -130,8 +130,8 @@ inline LinearCall check_linear(const Tensor& x, const PackedTensors& p, int64_t 
              "; wanted the last size to be q8's ", w.shape.cols);
   check::device(op, "x", x, "q8", p.q8);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
-  EFFK_CHECK(std::find(kFloats.begin(), kFloats.end(), dtype) != kFloats.end(), op, "out_dtype is ",
-             check::str(dtype), "; wanted float32, float16 or bfloat16");
+  EFFK_CHECK(std::find(kFloats.begin(), kFloats.end(), dtype) != kFloats.end(), op, "out_dtype is ", check::str(dtype),
+             "; wanted float32, float16 or bfloat16");
   LinearCall call;
   const float* bias_data = nullptr;
   if (bias) {
@@ -144,7 +144,7 @@ inline LinearCall check_linear(const Tensor& x, const PackedTensors& p, int64_t 
   }
   call.x = check_quantize(op, x, group);
   call.y = empty_like_device(x, sizes_of(x, w.shape.rows()), dtype);
-  call.args = {w,       call.x.tokens, nullptr, 0, nullptr, nullptr, call.y.mutable_data_ptr(), float_type(dtype),
+  call.args = {w,         call.x.tokens, nullptr, 0, nullptr, nullptr, call.y.mutable_data_ptr(), float_type(dtype),
                bias_data, nullptr};
   return call;
 }
@@ -200,12 +200,12 @@ inline SalienceCall check_salience(const Tensor& grad, const Tensor& w, const Te
              "grad has shape ", check::str(grad.sizes()), "; wanted ", check::str(w.sizes()), ", or samples of it");
   check::device(op, "w4", w4, "w", w);
   check::device(op, "grad", grad, "w", w);
-  SalienceCall call{{dims == 3 ? grad.size(0) : 1, rows, cols, grad_type, w_type, w4_type, nullptr, nullptr, nullptr,
-                     nullptr},
-                    torch::stable::contiguous(grad),
-                    torch::stable::contiguous(w),
-                    torch::stable::contiguous(w4),
-                    empty_like_device(w, {rows}, ScalarType::Float)};
+  SalienceCall call{
+      {dims == 3 ? grad.size(0) : 1, rows, cols, grad_type, w_type, w4_type, nullptr, nullptr, nullptr, nullptr},
+      torch::stable::contiguous(grad),
+      torch::stable::contiguous(w),
+      torch::stable::contiguous(w4),
+      empty_like_device(w, {rows}, ScalarType::Float)};
   call.args.grad = call.grad.const_data_ptr();
   call.args.w = call.w.const_data_ptr();
   call.args.w4 = call.w4.const_data_ptr();

@@ -76,11 +76,16 @@ EFFK_DEVICE void take_shared(uint32_t& v, uint32_t& address, uint32_t present) {
 EFFK_DEVICE uint4 load_reused(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 EFFK_DEVICE uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 
-// Copies 16 aligned bytes from global to shared memory. A thread's copies up to async_commit() are a group, and
+// Copies 16 (or 4) aligned bytes from global to shared memory. A thread's copies up to async_commit() are a group, and
 // async_wait<N>() waits until all but its latest N groups are complete, and only for the thread's own copies.
+template <int kBytes = 16>
 EFFK_DEVICE void async_copy(void* to_shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from)
-               : "memory");
+  static_assert(kBytes == 16 || kBytes == 4);
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to_shared)), "l"(from)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to_shared)), "l"(from) : "memory");
 }
 EFFK_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -92,6 +97,12 @@ EFFK_DEVICE void async_wait() {
 template <class T>
 EFFK_DEVICE T atomic_add(T* p, T v) {
   return atomicAdd(p, v);
+}
+// Stores whole where other threads may do so too: one of them wins.
+template <class T>
+EFFK_DEVICE void atomic_store(T* p, T v) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // Four 8x8 matrices of 16 bits from shared memory: lanes 8i to 8i + 7 give the rows of matrix i, 16 aligned bytes

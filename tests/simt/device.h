@@ -73,10 +73,12 @@ EFFK_DEVICE uint4 load_once(const void* p, Site site = Site::current()) {
   return *static_cast<const uint4*>(p);
 }
 
+template <int kBytes = 16>
 EFFK_DEVICE void async_copy(void* to_shared, const void* from, Site site = Site::current()) {
-  simt::check_aligned(to_shared, 16, "async_copy", site);
-  simt::check_aligned(from, 16, "async_copy", site);
-  simt::async_copy(to_shared, from);
+  static_assert(kBytes == 16 || kBytes == 4);
+  simt::check_aligned(to_shared, kBytes, "async_copy", site);
+  simt::check_aligned(from, kBytes, "async_copy", site);
+  simt::async_copy(to_shared, from, kBytes);
 }
 EFFK_DEVICE void async_commit() { simt::async_commit(); }
 template <int kGroups>
@@ -91,6 +93,11 @@ __attribute__((no_sanitize_thread, noinline)) T atomic_add(T* p, T v) {
   const T old = *p;
   *p = old + v;
   return old;
+}
+template <class T>
+__attribute__((no_sanitize_thread, noinline)) void atomic_store(T* p, T v) {
+  simt::touch_atomically(p, sizeof(T), __builtin_return_address(0), false);
+  *p = v;
 }
 
 EFFK_DEVICE void load_matrices(uint32_t (&m)[4], const void* row, Site site = Site::current()) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 #include "runtime.h"
 
@@ -21,6 +22,22 @@ const char* lscd_linear(int64_t rows, int64_t cols, int type, Address values, in
 // y from sums [splits, tokens, rows].
 const char* lscd_finish(int64_t rows, int64_t tokens, int x_type, Address sums, int splits, Address y, Address bias,
                         Address scale, int activation);
+
+// n4, n8, cols, group; q4, scale4, zero4, q8, scale8, perm.
+using W4a8Packed = std::tuple<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address>;
+const char* w4a8_quantize(int type, int64_t tokens, int64_t cols, int64_t group, Address x, int64_t token_stride,
+                          int64_t col_stride, Address q, Address scale);
+// perm from how many of the features up to each one have 8 bits; 0 for none.
+const char* w4a8_order(Address ends, int64_t rows, Address perm);
+const char* w4a8_pack(W4a8Packed p, int type, Address w, int64_t row_stride, int64_t col_stride);
+const char* w4a8_unpack(W4a8Packed p, Address out);
+// kernel: a LinearPlan::Kernel, or -1 for what is planned.
+const char* w4a8_linear(W4a8Packed p, int x_type, int64_t tokens, Address x, int64_t token_stride, int64_t col_stride,
+                        Address y, int y_type, Address bias, int num_sms, int kernel);
+const char* w4a8_accumulate(W4a8Packed p, int64_t tokens, Address q, int64_t token_stride, int64_t col_stride,
+                            Address out);
+const char* w4a8_salience(int64_t samples, int64_t rows, int64_t cols, int grad_type, Address grad, int w_type,
+                          Address w, int w4_type, Address w4, Address out);
 
 // The kernels of wrappers.cpp and planted.cpp, by name.
 const char* wrappers(const std::string& name, Address a, Address b, Address c);

@@ -56,6 +56,13 @@ PYBIND11_MODULE(effk_simt, m) {
   EFFK_DEF(lscd_unpack);
   EFFK_DEF(lscd_linear);
   EFFK_DEF(lscd_finish);
+  EFFK_DEF(w4a8_quantize);
+  EFFK_DEF(w4a8_order);
+  EFFK_DEF(w4a8_pack);
+  EFFK_DEF(w4a8_unpack);
+  EFFK_DEF(w4a8_linear);
+  EFFK_DEF(w4a8_accumulate);
+  EFFK_DEF(w4a8_salience);
 #undef EFFK_DEF
   m.def("wrappers", &call<&wrappers, const std::string&, Address, Address, Address>);
   m.def("planted", &call<&planted, const std::string&, Address, Address>);

@@ -32,6 +32,7 @@ constexpr int kOffsetBits = 20;
 struct Copy {
   char* to;
   const char* from;
+  size_t bytes;
 };
 
 struct Fiber {
@@ -198,8 +199,9 @@ std::string where_threads_are() {
 
 // --- Memory ---
 
-enum class Op { read, write, atomic };
-constexpr const char* kVerbs[] = {"reads", "writes", "updates"};
+enum class Op { read, write, atomic, atomic_store };
+constexpr const char* kVerbs[] = {"reads", "writes", "updates", "updates"};
+bool is_atomic(Op op) { return op == Op::atomic || op == Op::atomic_store; }
 
 std::string accessor(Op op, const void* pc) {
   return line(str(thread_name(m.current), " ", kVerbs[static_cast<int>(op)], " at ", place(pc)));
@@ -228,7 +230,7 @@ Memory* find(const void* p) {
 bool ordered(const Access& a) { return a.block == m.block && a.clock <= m.clocks[m.current][a.thread]; }
 
 void check_order(const Memory& memory, ptrdiff_t offset, Op op, const void* pc, const Access& other, bool wrote) {
-  if (other.clock == 0 || ordered(other) || (op == Op::atomic && other.atomic)) return;
+  if (other.clock == 0 || ordered(other) || (is_atomic(op) && other.atomic)) return;
   const std::string block = other.block == m.block ? "" : ", " + block_name(other.block) + ",";
   fail(headed(str("race on ", kind_name(memory)), bytes_of(memory, offset, 1) + accessor(op, pc) +
                                                       line(str(thread_name(other.thread), block,
@@ -246,7 +248,7 @@ void access(Memory& memory, const void* p, size_t bytes, Op op, const void* pc) 
     if (op != Op::read) fail("write to an input", bytes_of(memory, offset, bytes) + accessor(op, pc));
     return;
   }
-  const Access now{pc, m.block, m.clocks[m.current][m.current], static_cast<uint16_t>(m.current), op == Op::atomic};
+  const Access now{pc, m.block, m.clocks[m.current][m.current], static_cast<uint16_t>(m.current), is_atomic(op)};
   for (size_t i = offset; i < offset + bytes; ++i) {
     Cell& cell = memory.cells()[i];
     if (cell.in_flight)
@@ -256,7 +258,7 @@ void access(Memory& memory, const void* p, size_t bytes, Op op, const void* pc) 
     check_order(memory, i, op, pc, cell.write, true);
     if (op != Op::read)
       for (const Access& read : cell.reads) check_order(memory, i, op, pc, read, false);
-    if (op != Op::write && !cell.written && !m.uninitialised_allowed && m.suspicion.empty())
+    if ((op == Op::read || op == Op::atomic) && !cell.written && !m.uninitialised_allowed && m.suspicion.empty())
       m.suspicion = headed(str("read of uninitialised ", kind_name(memory)), bytes_of(memory, i, 1) + accessor(op, pc));
     if (op == Op::read) {
       // What is ordered after this read is ordered after those before it.
@@ -595,17 +597,17 @@ void barrier(int id, int threads, Site site) {
   yield();
 }
 
-void async_copy(void* to_shared, const void* from) {
+void async_copy(void* to_shared, const void* from, size_t bytes) {
   const void* const pc = __builtin_return_address(0);
   Memory* const memory = find_shared(to_shared, "async_copy");
-  touch(from, 16, Op::read, pc);
-  access(*memory, to_shared, 16, Op::write, pc);
-  for (int i = 0; i < 16; ++i) {
+  touch(from, bytes, Op::read, pc);
+  access(*memory, to_shared, bytes, Op::write, pc);
+  for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = memory->cells()[static_cast<char*>(to_shared) - memory->data() + i];
     cell.in_flight = true;
     cell.written = false;
   }
-  self().open.push_back({static_cast<char*>(to_shared), static_cast<const char*>(from)});
+  self().open.push_back({static_cast<char*>(to_shared), static_cast<const char*>(from), bytes});
 }
 
 void async_commit() {
@@ -618,8 +620,8 @@ void async_wait(size_t groups) {
   for (; pending.size() > groups; pending.erase(pending.begin()))
     for (const Copy& copy : pending.front()) {
       Memory* const memory = find(copy.to);
-      std::memcpy(copy.to, copy.from, 16);
-      for (int i = 0; i < 16; ++i) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      for (size_t i = 0; i < copy.bytes; ++i) {
         Cell& cell = memory->cells()[copy.to - memory->data() + i];
         cell.in_flight = false;
         cell.written = true;
@@ -634,7 +636,9 @@ void check_aligned(const void* p, size_t bytes, const char* op, Site site) {
          line(str(op, " wants ", bytes, " aligned bytes at ", place(site), ", ", thread_name(m.current))));
 }
 
-void touch_atomically(void* p, size_t bytes, const void* pc) { touch(p, bytes, Op::atomic, pc); }
+void touch_atomically(void* p, size_t bytes, const void* pc, bool reads) {
+  touch(p, bytes, reads ? Op::atomic : Op::atomic_store, pc);
+}
 
 }  // namespace effk::simt
 

@@ -121,12 +121,12 @@ void sync_warp(Site site);
 // Waits for `threads` threads at this barrier; 0: for the block.
 void barrier(int id, int threads, Site site);
 
-void async_copy(void* to_shared, const void* from);
+void async_copy(void* to_shared, const void* from, size_t bytes);
 void async_commit();
 void async_wait(size_t groups);
 
 void check_aligned(const void* p, size_t bytes, const char* op, Site site);
-// To be followed by the operation on memory itself.
-void touch_atomically(void* p, size_t bytes, const void* pc);
+// To be followed by the operation on memory itself, which reads what is there or only stores.
+void touch_atomically(void* p, size_t bytes, const void* pc, bool reads = true);
 
 }  // namespace effk::simt

@@ -63,3 +63,11 @@ def test_words_that_move() -> None:
     }
     for (name, values), got in zip(wanted.items(), c, strict=True):
         assert torch.equal(got, values), name
+
+
+def test_copies_and_stores() -> None:
+    a, b = (torch.randint(0, 2**24, (32,), generator=generator(seed)).int() for seed in (1, 2))
+    c = run("copies", a, b, torch.empty(65, dtype=torch.int32))
+    assert torch.equal(c[:32], a.flip(0))
+    assert torch.equal(c[32:64], b[[3, 0]].repeat(16))
+    assert c[64] in range(32)

@@ -75,15 +75,30 @@ EFFK_KERNEL(gpu::kWarp, 1) moves(Args p) {
   for (int i = 0; i < 9; ++i) static_cast<uint32_t*>(p.c)[i * gpu::kWarp + lane] = results[i];
 }
 
+// Words that lanes copy in reverse order to shared memory, beside 16 bytes that one of them copies; then who stored
+// last.
+EFFK_KERNEL(gpu::kWarp, 1) copies(Args p) {
+  const int lane = threadIdx.x, reverse = gpu::kWarp - 1 - lane;
+  EFFK_SHARED(uint32_t[gpu::kWarp], words);
+  EFFK_SHARED(uint4, four);
+  gpu::async_copy<4>(&words[lane], static_cast<const uint32_t*>(p.a) + reverse);
+  if (lane == 0) gpu::async_copy(&four, p.b);
+  gpu::async_commit();
+  gpu::async_wait<0>();
+  gpu::sync_warp();
+  uint32_t* const out = static_cast<uint32_t*>(p.c);
+  out[lane] = words[lane];
+  out[gpu::kWarp + lane] = lane % 2 ? four.x : four.w;
+  gpu::atomic_store(out + 2 * gpu::kWarp, static_cast<uint32_t>(lane));
+}
+
 struct Kernel {
   const char* name;
   void (*kernel)(Args);
 };
-constexpr Kernel kKernels[] = {{"float16", product<Half>},
-                               {"bfloat16", product<BFloat16>},
-                               {"tf32", product_tf32},
-                               {"int8", product_s8},
-                               {"moves", moves}};
+constexpr Kernel kKernels[] = {{"float16", product<Half>}, {"bfloat16", product<BFloat16>},
+                               {"tf32", product_tf32},     {"int8", product_s8},
+                               {"moves", moves},           {"copies", copies}};
 
 }  // namespace
 
