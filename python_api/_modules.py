@@ -71,7 +71,8 @@ class PackedModule(nn.Module):
             for name, t in self._packed().items():
                 if found[name].shape != t.shape:
                     # torch's loader wants equal shapes, also where it puts the checkpoint's tensor here.
-                    setattr(self, name, t.new_empty(found[name].shape, device="meta" if assign else None))
+                    with torch.inference_mode(False):  # whose tensors couldn't be used outside of it
+                        setattr(self, name, t.new_empty(found[name].shape, device="meta" if assign else None))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -87,8 +88,13 @@ class PackedModule(nn.Module):
         packed = {name: found[name] for name in self._packed()}
         if len({t.device for t in packed.values()}) > 1:
             return "the packed weight of the checkpoint is on several devices"
-        if self.bias is not None and "bias" in found and found["bias"].shape != self.bias.shape:
-            return f"bias has shape {list(found['bias'].shape)}; wanted {list(self.bias.shape)}"
+        if self.bias is not None and (bias := found.get("bias")) is not None:
+            if bias.shape != self.bias.shape:
+                return f"bias has shape {list(bias.shape)}; wanted {list(self.bias.shape)}"
+            if bias.dtype not in FLOATS or bias.layout != torch.strided:
+                return f"bias is {bias.dtype}, {bias.layout}; wanted float32, float16 or bfloat16, strided"
+            if assign and any(t.device != bias.device for t in packed.values()):
+                return f"bias is on {bias.device}, the packed weight isn't"
         try:
             self._try_packed({name: t if t.is_meta else t.cpu() for name, t in packed.items()})
         except RuntimeError as error:

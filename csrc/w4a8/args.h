@@ -74,15 +74,15 @@ struct Tokens {
   int64_t tokens;
 };
 
-inline Tokens as_tokens(const char* op, const Tensor& x) {
+inline Tokens as_tokens(const char* op, const char* arg, const Tensor& x) {
   const auto sizes = x.sizes();
   const int64_t cols = sizes.back();
   // An expanded x costs nothing, whatever its size; so that kernels can count bytes, it has an end.
-  const int64_t most = (int64_t{1} << 56) / std::max<int64_t>(1, cols);
+  const int64_t most = (int64_t{1} << 50) / std::max<int64_t>(kBlock, cols);
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < sizes.size(); ++i) {
-    EFFK_CHECK(sizes[i] == 0 || tokens <= most / sizes[i], op, "x has shape ", check::str(sizes), "; wanted at most ",
-               most, " tokens");
+    EFFK_CHECK(sizes[i] == 0 || tokens <= most / sizes[i], op, arg, " has shape ", check::str(sizes),
+               "; wanted at most ", most, " tokens");
     tokens *= sizes[i];
   }
   return {x.dim() == 2 ? x : torch::stable::reshape(x, {tokens, cols}), tokens};
@@ -108,7 +108,7 @@ inline QuantizeCall check_quantize(const char* op, const Tensor& x, int64_t grou
   EFFK_CHECK(x.dim() >= 1, op, "x has shape []; wanted at least one dimension");
   EFFK_CHECK(x.size(x.dim() - 1) <= kMaxSide, op, "x has shape ", check::str(x.sizes()),
              "; wanted a last size of at most 2^30");
-  const Tokens t = as_tokens(op, x);
+  const Tokens t = as_tokens(op, "x", x);
   return {{type, t.x.const_data_ptr(), t.x.stride(0), t.x.stride(1), t.x.size(1), group, nullptr, 0, nullptr, nullptr},
           t.x,
           t.tokens};
@@ -222,7 +222,7 @@ inline Linear check_accumulate(const Tensor& q, const PackedTensors& p, int64_t 
   check::device(op, "q", q, "q8", p.q8);
   Linear args{};
   args.w = w;
-  args.tokens = q.size(0);
+  args.tokens = as_tokens(op, "q", q).tokens;
   return args;
 }
 

@@ -126,9 +126,7 @@ inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x
     };
     for (int b = 0; b < NB; ++b) _mm_prefetch(w[b].q + step * 64 + kAhead, _MM_HINT_T0);
     phase(std::integral_constant<int, 0>());
-    if constexpr (W::kPhases == 2) {
-      phase(std::integral_constant<int, 1>());
-    }
+    if constexpr (W::kPhases == 2) phase(std::integral_constant<int, 1>());
   }
   if constexpr (kSets == 2)
 #pragma GCC unroll 16
@@ -137,7 +135,7 @@ inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x
       for (int b = 0; b < NB; ++b) acc[t][b] = _mm512_add_epi32(acc[t][b], other[t][b]);
 }
 
-// For groups [g0, g1), MT tokens from t on and NB blocks: calls end(group, acc, -zero of each block).
+// For groups [g0, g1), MT tokens from t on and NB blocks: calls end(group, acc).
 template <class W, int NB, int MT, class F>
 inline __attribute__((always_inline)) void for_groups(const Linear& a, const W* w, int64_t t, int64_t g0, int64_t g1,
                                                       const F& end) {

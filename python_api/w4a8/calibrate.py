@@ -115,6 +115,8 @@ def measure_salience(
         if not next(obstacles(model, w, filter), "")
     }
     scores = {name: torch.zeros(w.shape[0], device=w.device) for name, w in weights.items()}
+    if not weights:
+        return scores
 
     def hook_for(name: str) -> Callable[[Tensor], None]:
         def add_salience(weight: Tensor) -> None:

@@ -95,8 +95,9 @@ class Linear(PackedModule):
         weight = linear.weight.detach()
         if weight.is_meta:
             raise ValueError("the weight is on the meta device: there is nothing to pack")
-        module = cls.from_packed(torch.ops.effk.w4a8_pack(weight, is8, group_size), group_size, linear.bias)
-        return module.train(linear.training)
+        with torch.inference_mode(False), torch.no_grad():  # tensors of that mode couldn't be used outside of it
+            packed = torch.ops.effk.w4a8_pack(weight, is8, group_size)
+        return cls.from_packed(packed, group_size, linear.bias).train(linear.training)
 
     @classmethod
     def from_packed(cls, packed: Iterable[Tensor], group_size: int = 128, bias: nn.Parameter | None = None) -> Linear:
@@ -283,13 +284,15 @@ def quantize_(
     if budget not in BUDGETS:
         raise ValueError(f"budget is {budget!r}; wanted one of {', '.join(BUDGETS)}")
     batches = None if calibration is None else list(calibration)
+    if batches == []:
+        raise ValueError("calibration has no batches (an iterator that was used up?)")
     if method == "gptq" and not batches:
         raise ValueError("method 'gptq' needs calibration batches")
 
     weights = linear_weights(model)
     skipped = {w: next(calibrate.obstacles(model, w, filter), "") for w in weights}
     chosen = [w for w in weights if not skipped[w]]
-    if scores is None and 0 < ratio8 < 1:
+    if scores is None and 0 < ratio8 < 1 and chosen:
         if batches:
             scores = calibrate.measure_salience(
                 model, batches, loss, group_size=group_size, filter=filter, progress=progress
@@ -303,7 +306,9 @@ def quantize_(
         with progress_bar("Quantizing weights", len(part), progress) as advance:
             for w in part:
                 linear, name = linear_at(model, w.names[0]), w.names[0]
-                packed = _quantized(name, linear.weight.detach(), is8[w], group_size, clip, moments.get(name), damping)
+                with torch.inference_mode(False), torch.no_grad():  # as in from_linear
+                    weight = linear.weight.detach()
+                    packed = _quantized(name, weight, is8[w], group_size, clip, moments.get(name), damping)
                 modules[w] = Linear.from_packed(packed, group_size, linear.bias).train(linear.training)
                 advance()
 

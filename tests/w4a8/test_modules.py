@@ -310,3 +310,13 @@ def test_safetensors(ratio8: float, tmp_path: Path) -> None:
     prepare_(fresh, safetensors.load_file(tmp_path / "model.safetensors"))
     safetensors.load_model(fresh, tmp_path / "model.safetensors")
     assert same_state(fresh, model) and same_bits(fresh(tokens(3)), model(tokens(3)))
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(20, device="meta"), torch.zeros(20, dtype=torch.float64)], ids=str)
+def test_a_bias_that_cannot_be_used_is_refused(bias: torch.Tensor) -> None:
+    """Also where the checkpoint's own tensors are taken."""
+    layer = Linear.from_linear(nn.Linear(33, 20))
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="bias is"):
+        layer.load_state_dict({**before, "bias": bias}, assign=True)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())

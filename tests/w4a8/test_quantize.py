@@ -424,6 +424,32 @@ def test_calibration_runs_in_eval_mode() -> None:
     assert all(same_state(a, b) for a, b in zip(plain, model[::2], strict=True)) and model[1].training
 
 
+def test_calibration_without_batches_is_refused() -> None:
+    """Such as an iterator that something else used up: the score would silently be another."""
+    model = mlp()
+    with pytest.raises(ValueError, match="no batches"):
+        quantize_(model, 0.1, iter([]), progress=False)
+    assert type(model[0]) is nn.Linear
+
+
+def test_nothing_to_quantize() -> None:
+    """With calibration as without."""
+    for calibration in (None, BATCHES):
+        assert quantize_(nn.Sequential(nn.ReLU()), 0.1, calibration, progress=False) == []
+        model = mlp()
+        records = quantize_(model, 0.1, calibration, filter=lambda path, linear: False, progress=False)
+        assert len(records) == len(list(mlp())) and all(r.skipped for r in records)
+
+
+def test_quantized_in_inference_mode_runs_outside_of_it() -> None:
+    model = mlp()
+    with torch.inference_mode():
+        quantize_(model, 0.1, progress=False)
+    x = BATCHES[0].clone().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None and x.grad.count_nonzero() > 0
+
+
 def test_nan_weights_make_only_their_features_nan() -> None:
     w = torch.randn(20, 70, generator=generator(0))
     plain = rounding.gptq(w, torch.eye(70) + 0.1, torch.arange(20) < 4, GROUP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import effk
 import pytest
 import torch
 
@@ -95,3 +96,16 @@ def test_groups_of_256(backend: Backend) -> None:
     w = tensors.values((3, 256), torch.float32, "normal", 4)
     packed = format.Packed(*backend.run("w4a8_pack", w, None, 256))
     assert torch.equal(packed.q4, format.pack(w, None, 256).q4)
+
+
+@on_backends("w4a8_linear")
+def test_subnormal_results_are_rounded_not_flushed(backend: Backend) -> None:
+    """vcvtneps2bf16 takes subnormal numbers for zero: results depended on where perm put them."""
+    w = torch.full((40, 1), 2.0**-10)
+    x = torch.tensor([[2.0**-120]])
+    packed = effk.w4a8.pack(w, torch.ones(40, dtype=torch.bool), 32)
+    exact = 2.0**-130  # but for the roundings of two scales
+    for perm in (packed.perm, packed.perm.flip(0)):
+        moved = packed._replace(perm=perm.contiguous())
+        y = backend.run("w4a8_linear", x, *moved, 32, out_dtype=torch.bfloat16)
+        assert bool(((y.double() - exact).abs() <= 2.0**-133).all())  # a step of subnormal bfloat16 numbers
