@@ -42,6 +42,15 @@ class PackedModule(nn.Module):
         """Bytes of the packed weight, without the bias."""
         return sum(t.nbytes for t in self._packed().values())
 
+    def _dense(self, weight: Tensor) -> nn.Linear:
+        """A dense layer with this unpacked weight, in the dtype of the bias if there is one, and with the bias."""
+        if self.bias is not None:
+            weight = weight.to(self.bias.dtype)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts, as `.to()` and its like ask."""
         fixed = {name: t for name, t in self._packed().items() if name not in self.cast_names}

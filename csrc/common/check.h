@@ -90,6 +90,19 @@ inline void contiguous(const char* op, const char* arg, const Tensor& t) {
   EFFK_CHECK(t.is_contiguous(), op, arg, " must be contiguous");
 }
 
+// Product of all sizes but the last. An expanded tensor costs nothing, whatever its size; so that kernels can count
+// bytes, the product has an end.
+inline int64_t tokens(const char* op, const char* arg, const Tensor& t, int64_t most) {
+  const auto sizes = t.sizes();
+  int64_t n = 1;
+  for (size_t i = 0; i + 1 < static_cast<size_t>(sizes.size()); ++i) {
+    EFFK_CHECK(sizes[i] == 0 || n <= most / sizes[i], op, arg, " has shape ", str(sizes), "; wanted at most ", most,
+               " tokens");
+    n *= sizes[i];
+  }
+  return n;
+}
+
 // One of the names of a table of {name, value}.
 template <class T, size_t N>
 T choice(const char* op, const char* arg, const std::string& name, const std::pair<const char*, T> (&table)[N]) {

@@ -5,6 +5,8 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
+
 #include "check.h"
 
 namespace effk::cuda {
@@ -19,6 +21,14 @@ F* torch_function(const char* name) {
   void* const function = library ? dlsym(library, name) : nullptr;
   STD_TORCH_CHECK(function, "effk: ", name, " was not found in libtorch_cuda.so");
   return reinterpret_cast<F*>(function);
+}
+
+// Calls an op of torch that the stable ABI has no function for; gives its first result.
+template <class... Args>
+Tensor call_torch(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline cudaStream_t current_stream(const Tensor& t) {

@@ -86,14 +86,7 @@ inline LinearCall check_linear(const Tensor& x, const Tensor& values, const Tens
   const auto sizes = x.sizes();
   std::vector<int64_t> y_sizes(sizes.begin(), sizes.end());
   y_sizes.back() = rows;
-  // An expanded x costs nothing, whatever its size; so that kernels can count bytes, it has an end.
-  const int64_t most = (int64_t{1} << 56) / std::max<int64_t>(1, w.shape.padded_cols());
-  int64_t tokens = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) {
-    EFFK_CHECK(sizes[i] == 0 || tokens <= most / sizes[i], op, "x has shape ", check::str(sizes), "; wanted at most ",
-               most, " tokens");
-    tokens *= sizes[i];
-  }
+  const int64_t tokens = check::tokens(op, "x", x, (int64_t{1} << 56) / std::max<int64_t>(1, w.shape.padded_cols()));
   call.x = x.dim() == 2 ? x : torch::stable::reshape(x, {tokens, cols});
   call.y = empty_like_device(x, y_sizes);
   const void* bias_data = nullptr;

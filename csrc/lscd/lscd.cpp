@@ -1,11 +1,10 @@
 // lscd: schemas and the CPU side.
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <tuple>
 
+#include "../../kernels/common/cpu.h"
 #include "../../kernels/common/cpu_level.h"
 #include "../common/huge_pages.h"
 #include "../common/parallel.h"
@@ -93,9 +92,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const
   check_ends("lscd_linear", args.w);
   const Cpu& kernels = cpu();
   // Not a tensor: at one token, making one costs as much as a tenth of the product.
-  constexpr std::align_val_t kAlign{64};
-  const auto free = [](void* p) { ::operator delete(p, kAlign); };
-  const std::unique_ptr<void, decltype(free)> prepared(::operator new(kernels.prepared_bytes(args), kAlign), free);
+  const Buffer<char> prepared(kernels.prepared_bytes(args));
   args.prepared = prepared.get();
   for_parts(args.tokens, worthwhile(cols), [&](int64_t t0, int64_t t1) { kernels.prepare(args, t0, t1); });
   for_strips("lscd_linear", args.w.shape, args.w.shape.padded_cols() * kStripRows * std::max<int64_t>(1, args.tokens),

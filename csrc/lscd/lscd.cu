@@ -1,7 +1,6 @@
 // lscd: the CUDA side.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
-#include <array>
 #include <tuple>
 
 #include "../../kernels/lscd/linear.cuh"
@@ -14,14 +13,6 @@ namespace {
 
 // Past so many tokens W is unpacked and multiplied as a dense matrix: expanding it is no longer free.
 constexpr int64_t kMostSparseTokens = 64;
-
-// Calls an op of torch that the stable ABI has no function for; gives its first result.
-template <class... Args>
-Tensor call_torch(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarType> dtype) {
   constexpr const char* op = "lscd_pack";
@@ -36,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   Tensor sizes = torch::stable::new_zeros(w, {shape.offsets()}, ScalarType::Long);
   auto* words = static_cast<uint64_t*>(bitmap.mutable_data_ptr());
   cuda::check(op, launch_count(shape, type, dense, words, static_cast<int64_t*>(sizes.mutable_data_ptr()) + 1, stream));
-  const Tensor offsets = call_torch("aten::cumsum", "", sizes, int64_t{0}, std::optional<ScalarType>());
+  const Tensor offsets = cuda::call_torch("aten::cumsum", "", sizes, int64_t{0}, std::optional<ScalarType>());
 
   int64_t end = 0;
   const auto* ends = static_cast<const int64_t*>(offsets.const_data_ptr());
@@ -90,7 +81,7 @@ void dense_linear(const char* op, const LinearCall& call, const Tensor& values, 
   // Out variants: autocast leaves them alone.
   if (!a.scale && a.activation == Activation::none) {
     if (!a.bias) {
-      call_torch("aten::mm", "out", call.x, w, y);
+      cuda::call_torch("aten::mm", "out", call.x, w, y);
     } else {
       static auto* const addmm_out =
           cuda::torch_function<decltype(aoti_torch_cuda_addmm_out)>("aoti_torch_cuda_addmm_out");
@@ -99,10 +90,10 @@ void dense_linear(const char* op, const LinearCall& call, const Tensor& values, 
     return;
   }
   if (a.x_type == Type::f32) {
-    call_torch("aten::mm", "out", call.x, w, sums);
+    cuda::call_torch("aten::mm", "out", call.x, w, sums);
   } else {
     sums = torch::stable::new_empty(y, {a.tokens, rows}, ScalarType::Float);
-    call_torch("aten::mm", "dtype_out", call.x, w, ScalarType::Float, sums);
+    cuda::call_torch("aten::mm", "dtype_out", call.x, w, ScalarType::Float, sums);
   }
   cuda::check(op, launch_finish(a, static_cast<const float*>(sums.const_data_ptr()), 1, stream));
 }

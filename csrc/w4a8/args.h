@@ -75,16 +75,8 @@ struct Tokens {
 };
 
 inline Tokens as_tokens(const char* op, const char* arg, const Tensor& x) {
-  const auto sizes = x.sizes();
-  const int64_t cols = sizes.back();
-  // An expanded x costs nothing, whatever its size; so that kernels can count bytes, it has an end.
-  const int64_t most = (int64_t{1} << 50) / std::max<int64_t>(kBlock, cols);
-  int64_t tokens = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) {
-    EFFK_CHECK(sizes[i] == 0 || tokens <= most / sizes[i], op, arg, " has shape ", check::str(sizes),
-               "; wanted at most ", most, " tokens");
-    tokens *= sizes[i];
-  }
+  const int64_t cols = x.size(x.dim() - 1);
+  const int64_t tokens = check::tokens(op, arg, x, (int64_t{1} << 50) / std::max<int64_t>(kBlock, cols));
   return {x.dim() == 2 ? x : torch::stable::reshape(x, {tokens, cols}), tokens};
 }
 

@@ -1,9 +1,7 @@
 // w4a8: schemas and the CPU side.
-#include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "../../kernels/common/cpu.h"
 #include "../../kernels/common/cpu_level.h"
 #include "../common/huge_pages.h"
 #include "../common/parallel.h"
@@ -17,24 +15,10 @@ const Cpu& cpu() {
   return *kLevels[static_cast<int>(cpu_level())];
 }
 
-// Memory of one call, 64-byte aligned. Not tensors: at one token, making them costs as much as a tenth of the product.
-struct Scratch {
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, kAlign); }
-  };
-  template <class T>
-  static std::unique_ptr<T, Free> of(int64_t n) {
-    return std::unique_ptr<T, Free>(static_cast<T*>(::operator new(n * sizeof(T), kAlign)));
-  }
-};
-template <class T>
-using Owned = std::unique_ptr<T, Scratch::Free>;
-
 // Kernels write where perm says.
 void check_perm(const char* op, const Packed& w) {
   const int64_t n = w.shape.rows();
-  const Owned<uint8_t> seen = Scratch::of<uint8_t>(n + 1);  // the last for whatever is outside
+  const Buffer<uint8_t> seen(n + 1);  // the last for whatever is outside
   std::memset(seen.get(), 0, n + 1);
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t at = static_cast<uint32_t>(w.perm[i]);
@@ -108,8 +92,8 @@ Tensor accumulate(const Tensor& q, const Tensor& q4, const Tensor& scale4, const
   const Shape& shape = args.w.shape;
   const int64_t cols = shape.cols, groups = shape.groups(), tokens = args.tokens;
   args.q_stride = padded(cols);
-  const Owned<int8_t> copy = Scratch::of<int8_t>(tokens * args.q_stride);
-  const Owned<int32_t> sums = Scratch::of<int32_t>(tokens * groups);
+  const Buffer<int8_t> copy(tokens * args.q_stride);
+  const Buffer<int32_t> sums(tokens * groups);
   const Tensor source = torch::stable::contiguous(q);
   const auto* from = static_cast<const int8_t*>(source.const_data_ptr());
   std::memset(copy.get(), 0, tokens * args.q_stride);
@@ -138,9 +122,10 @@ Tensor linear(const Tensor& x, const Tensor& q4, const Tensor& scale4, const Ten
   Quantize& quantize = call.x.args;
   const int64_t cols = quantize.cols, tokens = args.tokens, groups = args.w.shape.groups();
   const int64_t stride = padded(cols);
-  const Owned<int8_t> q = Scratch::of<int8_t>(tokens * stride);
-  const Owned<float> scale = Scratch::of<float>(tokens * groups);
-  const Owned<int32_t> sums = Scratch::of<int32_t>(tokens * groups);
+  // Not tensors: at one token, making them costs as much as a tenth of the product.
+  const Buffer<int8_t> q(tokens * stride);
+  const Buffer<float> scale(tokens * groups);
+  const Buffer<int32_t> sums(tokens * groups);
   args.q = quantize.q = q.get();
   args.q_stride = quantize.q_stride = stride;
   args.x_scale = quantize.scale = scale.get();

@@ -1,5 +1,4 @@
 // w4a8: the CUDA side.
-#include <array>
 #include <tuple>
 
 #include "../../kernels/w4a8/linear.cuh"
@@ -10,14 +9,6 @@
 
 namespace effk::w4a8 {
 namespace {
-
-// How many output features up to each one have 8 bits.
-Tensor ends_of(const Tensor& is8) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(is8), torch::stable::detail::from(int64_t{0}),
-                                    torch::stable::detail::from(std::optional<ScalarType>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, int64_t group) {
   constexpr const char* op = "w4a8_quantize";
@@ -43,7 +34,8 @@ SixTensors pack(const Tensor& w, const OptTensor& is8, int64_t group) {
   auto* const order = static_cast<int32_t*>(perm.mutable_data_ptr());
   int64_t n8 = 0;
   if (is8 && n > 0) {
-    const Tensor ends = ends_of(*is8);
+    // How many output features up to each one have 8 bits.
+    const Tensor ends = cuda::call_torch("aten::cumsum", "", *is8, int64_t{0}, std::optional<ScalarType>());
     const auto* counts = static_cast<const int64_t*>(ends.const_data_ptr());
     cuda::check(op, launch_order(counts, n, order, stream));
     cudaError_t e = cudaMemcpyAsync(&n8, counts + n - 1, sizeof(n8), cudaMemcpyDeviceToHost, stream);

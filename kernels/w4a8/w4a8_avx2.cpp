@@ -15,7 +15,6 @@ constexpr int kTileTokens = 4;  // whose 16-bit sums fit in registers
 struct Four {
   static constexpr int64_t kStep = kChunk, kHighAt = 4;  // columns of a step, and the first of its high halves
   static constexpr int16_t kHighFactor = 1;
-  static constexpr bool kIs8 = false;
   const uint8_t* q;
   const float* scale;
   const uint8_t* zeros;
@@ -33,7 +32,6 @@ struct Four {
 struct Eight {
   static constexpr int64_t kStep = kWord, kHighAt = 0;
   static constexpr int16_t kHighFactor = 16;
-  static constexpr bool kIs8 = true;
   const uint8_t* q;
   const float* scale;
   Eight(const Packed& w, int64_t block)

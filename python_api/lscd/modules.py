@@ -120,12 +120,7 @@ class SparseLinear(PackedModule):
         weight = torch.ops.effk.lscd_unpack(
             self.values, self.bitmap, self.offsets, self.out_features, self.in_features, self.scale
         )
-        if self.bias is not None:
-            weight = weight.to(self.bias.dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+        return self._dense(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], of x's dtype."""

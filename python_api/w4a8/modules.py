@@ -121,12 +121,7 @@ class Linear(PackedModule):
     def to_linear(self) -> nn.Linear:
         """The dense layer: weights as packed, in the dtype of the bias, or float32 without one."""
         weight = torch.ops.effk.w4a8_unpack(*self._packed().values(), self.group_size)
-        if self.bias is not None:
-            weight = weight.to(self.bias.dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+        return self._dense(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], of x's dtype."""
