@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device or default_device([p for _, p in problems]))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    problems = [(f, p) for f, p in problems if device.type in p.devices]
     peers = peers_wanted(args.peers, [p for _, p in problems], device, parser)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from ._checks import FLOATS
 
 Self = TypeVar("Self", bound="PackedModule")
 

@@ -11,5 +11,6 @@ ruff format --check --exclude "*.md" .
 bash tests/mypy.sh
 
 # One thread a process, since pytest-xdist keeps the cores busy; tests of threads set their own number.
+workers=$(nproc)  # first: it would count OMP_NUM_THREADS
 export OMP_NUM_THREADS=1
-exec python -m pytest -n "$(nproc)" --dist loadgroup "$@"
+exec python -m pytest -n "$workers" --dist loadgroup "$@"

@@ -1,10 +1,16 @@
-"""The error model can fail, and fails where it should."""
+"""The error model can fail, and fails where it should; and so do the checks of every call."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from effk import _registry
 
+from .kit import tensors
+from .kit.backends import Backend
 from .kit.errors import ACTIVATIONS, FLUSH, Bounded, matmul
 from .kit.tensors import generator
 
@@ -102,3 +108,77 @@ def test_stored_weights_alone_are_counted() -> None:
     w = torch.zeros(1, 1000)
     w[0, 0] = 1
     assert float(matmul(torch.ones(1, 1000), w, UNIT).error) < 2 * UNIT
+
+
+# The checks of every call, by back ends that are broken on purpose ---------------------------------------------------
+
+
+def rows_of_wider_ones() -> torch.Tensor:
+    """[3, 4], with 5 numbers before, between and after them."""
+    return tensors.lay_out(normal(3, 4), "offset")
+
+
+def merge_on(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Any]) -> Any:
+    monkeypatch.setitem(_registry.EXTRA_BACKENDS, "broken", {"lora_merge_": kernel})
+    w, base = rows_of_wider_ones(), rows_of_wider_ones()
+    pairs = (torch.tensor([0]), torch.ones(1))
+    kept = [t.clone() for t in (tensors.whole(w), tensors.whole(base))]
+    try:
+        return Backend("broken").run("lora_merge_", [w], [normal(1, 2, 4)], [normal(1, 3, 2)], *pairs, [base])
+    finally:
+        assert all(map(torch.equal, kept, (tensors.whole(w), tensors.whole(base))))  # the kernel had copies
+
+
+def test_written_tensors_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(w: list[torch.Tensor], *rest: object) -> None:
+        w[0].fill_(7)
+
+    (w,) = merge_on(monkeypatch, kernel)
+    assert w.shape == (3, 4) and w.stride() == (9, 1) and bool((w == 7).all())
+    reference = _registry.find("lora_merge_").reference
+    assert merge_on(monkeypatch, reference)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("at", [2, 7, 11, 25])
+def test_writes_around_what_is_written_are_seen(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Before the first row, right behind it, right before the second, and behind the last."""
+
+    def kernel(w: list[torch.Tensor], *rest: object) -> None:
+        w[0].as_strided((27,), (1,), 0)[at] = 1
+
+    with pytest.raises(AssertionError, match="changed an input, or what lies around it"):
+        merge_on(monkeypatch, kernel)
+
+
+@pytest.mark.parametrize("argument", range(1, 6))
+def test_writes_to_inputs_are_seen(monkeypatch: pytest.MonkeyPatch, argument: int) -> None:
+    """Of one bit."""
+
+    def kernel(*args: Any) -> None:
+        wrong = next(tensors.tensors_in(args[argument]))
+        tensors.whole(wrong)[wrong.storage_offset() * wrong.element_size()] ^= 1
+
+    with pytest.raises(AssertionError, match="changed an input"):
+        merge_on(monkeypatch, kernel)
+
+
+def test_a_result_that_the_schema_lacks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="schema"):
+        merge_on(monkeypatch, lambda w, *rest: w)
+
+
+def test_an_alias_of_an_input_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry.EXTRA_BACKENDS, "broken", {"lora_apply": lambda *args, **kwargs: args[5][1:]})
+    ids = torch.zeros(3, 1, dtype=torch.int64)
+    args = (normal(3, 4), normal(1, 2, 4), normal(1, 3, 2), ids, torch.ones(3, 1), normal(3, 3))
+    with pytest.raises(AssertionError, match="alias"):
+        Backend("broken").run("lora_apply", *args)
+
+
+def test_copies_share_what_their_originals_share() -> None:
+    buffer = normal(20)
+    one, two, other = tensors.to_device([buffer[2:10].view(2, 4), buffer[9:12], normal(3)], "cpu")
+    assert torch.equal(one, buffer[2:10].view(2, 4)) and one.storage_offset() == 2
+    two[0] = 5
+    assert one[1, 3] == 5 and buffer[9] != 5
+    assert tensors.share_memory(one, two) and not tensors.share_memory(one, other)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from effk import _library, _registry, backends
 from effk.perf import __main__ as perf
-from effk.perf import lscd, w4a8
+from effk.perf import lora, lscd, w4a8
 from effk.perf.harness import page, run, table
 from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
@@ -120,6 +120,9 @@ def test_names_are_unique() -> None:
         *lscd.packing(37, 290),
         *(w4a8.linear(3, x, share8, (37, 290)) for x in w4a8.DTYPES for share8 in (0.0, 0.4, 1.0)),
         *w4a8.others((37, 290), 5),
+        *(lora.merging(dtype, 37, base=base) for dtype in lora.DTYPES for base in (True, False)),
+        *lora.others(37),
+        *(lora.applying(5, dtype, adapters=3, side=70, ranks=r) for dtype in lora.DTYPES for r in ("one", "mixed")),
     ],
     ids=lambda problem: problem.name,
 )
@@ -169,6 +172,30 @@ def test_peers_of_w4a8_compute_the_same(peer: str) -> None:
     if reason := entry.missing.get(peer):
         pytest.skip(reason)
     assert not entry.wrong and entry.find(peer) is not None
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_switch_that_misses_a_layer_is_seen(layer: int) -> None:
+    work = (problem := lora.merging("bf16", 37)).make(problem, CPU)
+    (w, *rest), _ = work.arguments(work.inputs)
+    before = w[layer].clone()
+    torch.ops.effk.lora_switch_(w, *rest)
+    assert work.check(w, True) == ""
+    w[layer] = before
+    assert work.check(w, False)
+
+
+@pytest.mark.parametrize(
+    ("problem", "peer"),
+    [
+        *((lora.merging("bf16", 64), p) for p in ("peft", "peft-16-bit", "addmm", "addmm-prepared")),
+        (lora.merging("bf16", 64, base=False), "addmm"),
+        *((lora.applying(9, side=128, adapters=5), p) for p in ("bmm", "dense", "loop")),
+    ],
+)
+def test_peers_of_lora_compute_the_same(problem: Problem, peer: str) -> None:
+    entry = measure(problem, peers=[peer])
+    assert not entry.wrong and not entry.missing and entry.find(peer) is not None
 
 
 def test_stats_by_hand() -> None:

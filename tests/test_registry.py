@@ -117,6 +117,11 @@ def test_the_tests_have_inputs(op: Op, attribute: str) -> None:
 
 
 @every_op
+def test_the_tests_have_a_formula_for_gradients(op: Op) -> None:
+    assert (op.name in collect("FORMULAS")) == (op.backward is not None)
+
+
+@every_op
 def test_the_tests_have_properties(op: Op) -> None:
     assert f'"{op.name}"' in text_of(f"tests/{op.family}/test_*.py")
 

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "../../kernels/common/type.h"
+
 namespace effk {
 
 using torch::headeronly::ScalarType;
@@ -17,6 +19,15 @@ using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 #define EFFK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "effk::", op, ": ", __VA_ARGS__)
+
+inline Type type_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
+    default: return Type::i8;
+  }
+}
 
 // A contiguous tensor on x's device, of x's dtype if none is given. Straight to the allocator: the dispatcher's way
 // takes several times as long, which shows at one token.
@@ -67,6 +78,16 @@ inline void dtype(const char* op, const char* arg, const Tensor& t, std::initial
     list += (list.empty() ? "" : ", ") + str(w);
   }
   EFFK_CHECK(false, op, arg, " has dtype ", str(t.scalar_type()), "; wanted ", list);
+}
+
+inline bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+// Of a tensor that must have a float type.
+inline Type float_type(const char* op, const char* arg, const Tensor& t) {
+  dtype(op, arg, t, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  return type_of(t.scalar_type());
 }
 
 // kAny matches every size.

@@ -9,14 +9,10 @@
 namespace effk::lscd {
 namespace {
 
-inline Type type_of(const char* op, const char* arg, const Tensor& t) {
+// Of values: they may be integers.
+inline Type value_type(const char* op, const char* arg, const Tensor& t) {
   check::dtype(op, arg, t, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char});
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::BFloat16: return Type::bf16;
-    default: return Type::i8;
-  }
+  return type_of(t.scalar_type());
 }
 
 // Of a matrix: bounds what sizes can multiply to.
@@ -27,7 +23,7 @@ inline Packed check_packed(const char* op, const Tensor& values, const Tensor& b
   EFFK_CHECK(rows >= 0 && rows <= kMaxSide && cols >= 0 && cols <= kMaxSide, op, "rows and cols are ", rows, " and ",
              cols, "; wanted 0 to 2^31");
   const Shape shape{rows, cols};
-  const Type type = type_of(op, "values", values);
+  const Type type = value_type(op, "values", values);
   check::dtype(op, "bitmap", bitmap, {ScalarType::Long});
   check::dtype(op, "offsets", offsets, {ScalarType::Long});
   check::shape(op, "values", values, {check::kAny});
@@ -74,8 +70,7 @@ inline LinearCall check_linear(const Tensor& x, const Tensor& values, const Tens
                                const std::string& activation) {
   constexpr const char* op = "lscd_linear";
   const Packed w = check_packed(op, values, bitmap, offsets, rows, cols);
-  check::dtype(op, "x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-  const Type x_type = type_of(op, "x", x);
+  const Type x_type = check::float_type(op, "x", x);
   EFFK_CHECK(w.type == x_type || w.type == Type::i8, op, "values has dtype ", check::str(values.scalar_type()),
              "; wanted x's ", check::str(x.scalar_type()), " or int8");
   EFFK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == cols, op, "x has shape ", check::str(x.sizes()),
@@ -119,7 +114,7 @@ inline ScalarType unpacked_dtype(const Tensor& values, const OptTensor& scale) {
 // w as it will be packed.
 inline Tensor check_pack(const Tensor& w, std::optional<ScalarType> dtype) {
   constexpr const char* op = "lscd_pack";
-  type_of(op, "w", w);
+  value_type(op, "w", w);
   check::shape(op, "w", w, {check::kAny, check::kAny});
   EFFK_CHECK(w.size(0) <= kMaxSide && w.size(1) <= kMaxSide, op, "w has shape ", check::str(w.sizes()),
              "; wanted at most 2^31 rows and columns");

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   Tensor source = check_pack(w, dtype);
   // Columns that don't follow each other would be read one by one; a copy costs less.
   if (source.stride(1) != 1) source = torch::stable::contiguous(source);
-  const Type type = type_of("lscd_pack", "w", source);
+  const Type type = type_of(source.scalar_type());
   const Shape shape{source.size(0), source.size(1)};
   const Dense dense{const_cast<void*>(source.const_data_ptr()), source.stride(0), source.stride(1)};
   const int64_t work = shape.padded_cols() * kStripRows;
@@ -77,7 +77,7 @@ Tensor unpack(const Tensor& values, const Tensor& bitmap, const Tensor& offsets,
   const float* scales = check_scale(op, scale, values, rows);
   check_ends(op, packed);
   Tensor out = torch::stable::new_empty(values, {rows, cols}, unpacked_dtype(values, scale));
-  const Type out_type = type_of(op, "out", out);
+  const Type out_type = type_of(out.scalar_type());
   ask_for_huge_pages(out.mutable_data_ptr(), rows * cols * type_size(out_type));
   for_strips(op, packed.shape, packed.shape.padded_cols() * kStripRows, [&](int64_t s0, int64_t s1, Status* status) {
     cpu().unpack(packed, scales, out.mutable_data_ptr(), out_type, s0, s1, status);

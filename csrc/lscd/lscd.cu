@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarTyp
   constexpr const char* op = "lscd_pack";
   const cuda::DeviceGuard guard(w.get_device_index());
   const Tensor source = check_pack(w, dtype);
-  const Type type = type_of(op, "w", source);
+  const Type type = type_of(source.scalar_type());
   const Shape shape{source.size(0), source.size(1)};
   const Dense dense{const_cast<void*>(source.const_data_ptr()), source.stride(0), source.stride(1)};
   const cudaStream_t stream = cuda::current_stream(w);
@@ -62,7 +62,7 @@ Tensor unpack(const Tensor& values, const Tensor& bitmap, const Tensor& offsets,
   const Aligned a = align(packed, values, bitmap);
   const float* scales = check_scale(op, scale, values, rows);
   Tensor out = torch::stable::new_empty(values, {rows, cols}, unpacked_dtype(values, scale));
-  cuda::check(op, launch_unpack(a.packed, scales, out.mutable_data_ptr(), type_of(op, "out", out),
+  cuda::check(op, launch_unpack(a.packed, scales, out.mutable_data_ptr(), type_of(out.scalar_type()),
                                 cuda::current_stream(values)));
   return out;
 }

@@ -12,20 +12,9 @@ namespace {
 
 constexpr int64_t kMaxSide = int64_t{1} << 30;  // of a matrix: bounds what sizes can multiply to
 
-constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
-
 inline void check_group_size(const char* op, int64_t group) {
   EFFK_CHECK(group == 32 || group == 64 || group == 128 || group == 256, op, "group_size is ", group,
              "; wanted one of 32, 64, 128, 256");
-}
-
-inline Type float_type(ScalarType t) {
-  return t == ScalarType::Float ? Type::f32 : t == ScalarType::Half ? Type::f16 : Type::bf16;
-}
-
-inline Type check_float(const char* op, const char* arg, const Tensor& t) {
-  check::dtype(op, arg, t, kFloats);
-  return float_type(t.scalar_type());
 }
 
 // The six packed tensors under their names.
@@ -96,7 +85,7 @@ struct QuantizeCall {
 
 inline QuantizeCall check_quantize(const char* op, const Tensor& x, int64_t group) {
   check_group_size(op, group);
-  const Type type = check_float(op, "x", x);
+  const Type type = check::float_type(op, "x", x);
   EFFK_CHECK(x.dim() >= 1, op, "x has shape []; wanted at least one dimension");
   EFFK_CHECK(x.size(x.dim() - 1) <= kMaxSide, op, "x has shape ", check::str(x.sizes()),
              "; wanted a last size of at most 2^30");
@@ -117,17 +106,16 @@ inline LinearCall check_linear(const Tensor& x, const PackedTensors& p, int64_t 
                                std::optional<ScalarType> out_dtype) {
   constexpr const char* op = "w4a8_linear";
   const Packed w = check_packed(op, p, group);
-  check_float(op, "x", x);
+  check::float_type(op, "x", x);
   EFFK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.shape.cols, op, "x has shape ", check::str(x.sizes()),
              "; wanted the last size to be q8's ", w.shape.cols);
   check::device(op, "x", x, "q8", p.q8);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
-  EFFK_CHECK(std::find(kFloats.begin(), kFloats.end(), dtype) != kFloats.end(), op, "out_dtype is ", check::str(dtype),
-             "; wanted float32, float16 or bfloat16");
+  EFFK_CHECK(check::is_float(dtype), op, "out_dtype is ", check::str(dtype), "; wanted float32, float16 or bfloat16");
   LinearCall call;
   const float* bias_data = nullptr;
   if (bias) {
-    check_float(op, "bias", *bias);
+    check::float_type(op, "bias", *bias);
     check::shape(op, "bias", *bias, {w.shape.rows()});
     check::device(op, "bias", *bias, "q8", p.q8);
     call.bias = bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float);
@@ -136,7 +124,7 @@ inline LinearCall check_linear(const Tensor& x, const PackedTensors& p, int64_t 
   }
   call.x = check_quantize(op, x, group);
   call.y = empty_like_device(x, sizes_of(x, w.shape.rows()), dtype);
-  call.args = {w,         call.x.tokens, nullptr, 0, nullptr, nullptr, call.y.mutable_data_ptr(), float_type(dtype),
+  call.args = {w,         call.x.tokens, nullptr, 0, nullptr, nullptr, call.y.mutable_data_ptr(), type_of(dtype),
                bias_data, nullptr};
   return call;
 }
@@ -144,7 +132,7 @@ inline LinearCall check_linear(const Tensor& x, const PackedTensors& p, int64_t 
 inline void check_pack(const Tensor& w, const OptTensor& is8, int64_t group) {
   constexpr const char* op = "w4a8_pack";
   check_group_size(op, group);
-  check_float(op, "w", w);
+  check::float_type(op, "w", w);
   check::shape(op, "w", w, {check::kAny, check::kAny});
   EFFK_CHECK(w.size(0) <= kMaxSide && w.size(1) <= kMaxSide, op, "w has shape ", check::str(w.sizes()),
              "; wanted at most 2^30 each way");
@@ -169,9 +157,9 @@ inline PackCall new_packed(const Tensor& w, const Shape& s, const Tensor& perm) 
                q8 = empty_like_device(w, {s.n8, s.cols}, ScalarType::Byte),
                scale8 = empty_like_device(w, {s.blocks8(), s.groups(), kBlock}, ScalarType::Float);
   const PackedTensors p{q4, scale4, zero4, q8, scale8, perm};
-  return {{check_packed("w4a8_pack", p, s.group), float_type(w.scalar_type()), w.const_data_ptr(), w.stride(0),
-           w.stride(1)},
-          {q4, scale4, zero4, q8, scale8, perm}};
+  return {
+      {check_packed("w4a8_pack", p, s.group), type_of(w.scalar_type()), w.const_data_ptr(), w.stride(0), w.stride(1)},
+      {q4, scale4, zero4, q8, scale8, perm}};
 }
 
 // A checked call of w4a8_salience with the tensors that its pointers need.
@@ -182,8 +170,8 @@ struct SalienceCall {
 
 inline SalienceCall check_salience(const Tensor& grad, const Tensor& w, const Tensor& w4) {
   constexpr const char* op = "w4a8_salience";
-  const Type w_type = check_float(op, "w", w), w4_type = check_float(op, "w4", w4),
-             grad_type = check_float(op, "grad", grad);
+  const Type w_type = check::float_type(op, "w", w), w4_type = check::float_type(op, "w4", w4),
+             grad_type = check::float_type(op, "grad", grad);
   check::shape(op, "w", w, {check::kAny, check::kAny});
   const int64_t rows = w.size(0), cols = w.size(1);
   check::shape(op, "w4", w4, {rows, cols});

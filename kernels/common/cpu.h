@@ -3,6 +3,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 
 #include "float_bits.h"
 #include "type.h"
@@ -38,6 +39,14 @@ inline void with_type(Type t, const F& f) {
     case Type::bf16: return f(static_cast<BFloat16*>(nullptr));
     case Type::i8: return f(static_cast<int8_t*>(nullptr));
   }
+}
+
+// Calls f with a null pointer of the C++ type of a float type.
+template <class F>
+inline void with_float(Type t, const F& f) {
+  with_type(t, [&]<class X>(X* x) {
+    if constexpr (!std::is_same_v<X, int8_t>) f(x);
+  });
 }
 
 // Memory for n Ts, aligned to a cache line. Throws std::bad_alloc.

@@ -16,6 +16,8 @@
 #define EFFK_DEVICE __device__ __forceinline__
 // At least `blocks` blocks of `threads` threads share a multiprocessor, which bounds the registers of a thread.
 #define EFFK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// A parameter that threads read where the launch has put it, at any index, without a copy of their own.
+#define EFFK_GRID_CONSTANT(type) const __grid_constant__ type
 // A variable in static shared memory, such as EFFK_SHARED(int[32], sums).
 #define EFFK_SHARED(type, name) __shared__ std::type_identity_t<type> name
 
@@ -134,6 +136,20 @@ EFFK_DEVICE uint32_t pack_pair(float low, float high) {
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// The two numbers of such a register.
+template <class X>
+EFFK_DEVICE void unpack_pair(uint32_t pair, float& low, float& high) {
+  static_assert(sizeof(X) == 2);
+  if constexpr (std::is_same_v<X, Half>) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+  } else {
+    low = float_of(pair << 16);
+    high = float_of(pair & 0xffff0000);
+  }
 }
 
 // c += a b with a [16, 16], b [16, 8], c [16, 8]. With g = lane / 4 and t = lane % 4, a lane holds of

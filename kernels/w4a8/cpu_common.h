@@ -19,14 +19,6 @@ namespace {
 constexpr int kMaxGroup = 256;
 constexpr int kLanes = 16;  // of a reduction
 
-// Calls f with a null pointer of the C++ type of a float type.
-template <class F>
-inline void with_float(Type t, const F& f) {
-  with_type(t, [&]<class X>(X* x) {
-    if constexpr (!std::is_same_v<X, int8_t>) f(x);
-  });
-}
-
 // n values, `stride` apart, as floats; to has room for whole registers.
 template <class X>
 inline void load_row(const X* from, int64_t stride, float* to, int64_t n) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class Work:
         flops: that the result needs at least; 0 where only moving counts.
         dtype: of the arithmetic, which picks the machine's rate.
         graph: whether a CUDA graph can capture effk's op.
+        written: of an op that returns nothing: its arguments -> what it has written.
     """
 
     inputs: Any
@@ -81,13 +82,15 @@ class Work:
     flops: float
     dtype: torch.dtype
     graph: bool = True
+    written: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
     """One op at one size. `size` names it and is what goals are matched with; a quick problem is --quick's alone.
 
-    Where `size` says caches="warm", the inputs are in the caches when a call is timed; else they are not.
+    Where `size` says caches="warm", the inputs are in the caches when a call is timed; else they are not. Of a problem
+    on some devices only, `devices` names their types.
     """
 
     op: str
@@ -96,6 +99,7 @@ class Problem:
     peers: Mapping[str, Sequence[Peer]]  # by type of device, as are derived
     derived: Mapping[str, Sequence[Derived]]
     quick: bool = False
+    devices: Collection[str] = ("cpu", "cuda")
 
     @property
     def warm(self) -> bool:

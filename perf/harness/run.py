@@ -79,7 +79,15 @@ def _effk(problem: Problem, work: Work, backend: str, device: torch.device) -> C
 
     def make(inputs: Any) -> Call:
         args, kwargs = work.arguments(inputs)
-        return lambda: function(*args, **kwargs)
+        if work.written is None:
+            return lambda: function(*args, **kwargs)
+        written = work.written(args, kwargs)
+
+        def call() -> Any:
+            function(*args, **kwargs)
+            return written
+
+        return call
 
     def missing(work: Work) -> str:
         too_much = backend == "cpu-scalar" and not main and work.flops > SCALAR_FLOPS

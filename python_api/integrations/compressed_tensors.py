@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import FLOATS
 from .._modules import linear_weights
 from .._progress import progress_bar
 from ..lscd.modules import Record, sparsify_weight_
-from ..lscd.reference import FLOATS
 
 log = logging.getLogger("effk")
 

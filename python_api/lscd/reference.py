@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import FLOATS
+
 SUB = 8  # side of a sub-tile
 STRIP_ROWS = 16
 TILE_SUB_COLS = 32  # columns of sub-tiles that share an offset
 VALUE_ALIGN = 16
 VALUE_PAD = 64
 MAX_SIDE = 2**31  # bounds what the sizes of a tensor can multiply to
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 ACTIVATIONS = {
     "none": lambda y: y,

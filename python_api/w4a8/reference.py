@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import FLOATS, check_tensor
+
 BLOCK = 16  # output features of a block
 CHUNK = 8  # input features in a 32-bit word of q4
 GROUP_SIZES = (32, 64, 128, 256)
 MAX_SIDE = 2**30  # bounds what the sizes of a tensor can multiply to
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TINY = 2.0**-126  # smallest normal float32: no scale is smaller
 
 
@@ -38,34 +39,6 @@ def check_group_size(op: str, group_size: int) -> None:
         group_size in GROUP_SIZES,
         lambda: f"effk::{op}: group_size is {group_size}; wanted one of {', '.join(map(str, GROUP_SIZES))}",
     )
-
-
-def check_tensor(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int | None, ...] | None = None,
-    like: Tensor | None = None,
-) -> None:
-    """dtype, shape (None matches every size) and device."""
-    torch._check(
-        tensor.dtype in dtypes,
-        lambda: f"effk::{op}: {name} has dtype {tensor.dtype}; wanted {', '.join(map(str, dtypes))}",
-    )
-    if shape is not None:
-        torch._check(
-            tensor.dim() == len(shape)
-            and all(want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)),
-            lambda: (
-                f"effk::{op}: {name} has shape {list(tensor.shape)}; "
-                f"wanted [{', '.join('*' if s is None else str(s) for s in shape)}]"
-            ),
-        )
-    if like is not None:
-        torch._check(
-            tensor.device == like.device, lambda: f"effk::{op}: {name} is on {tensor.device}; wanted {like.device}"
-        )
 
 
 def check_packed(op: str, p: Packed, group_size: int) -> None:

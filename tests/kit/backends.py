@@ -1,24 +1,22 @@
 """Every property runs on every back end: `every_backend` makes the tests, `Backend.run` makes the calls.
 
-`run` checks on each call what holds for all ops: inputs that the schema doesn't mark as mutated keep their bits, and
-outputs share no memory with them.
+`run` checks on each call what holds for all ops: memory that the schema doesn't mark as written keeps its bits, between
+the rows of what is written as well, and outputs share no memory with inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import effk
 import pytest
 import torch
-from effk import _registry
 from hypothesis import given, settings
 from hypothesis.strategies import SearchStrategy
-from torch import Tensor
 
-from . import tensors
+from . import calls, tensors
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -57,27 +55,31 @@ class Backend:
         return self.name == "reference" or self.name.startswith("cpu-")
 
     def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls op here with tensors of the CPU, moved with their strides; results come back to the CPU."""
+        """Calls op here with copies of tensors of the CPU, strides and all; results come back to the CPU.
+
+        Results are what the op returns; of one that returns nothing, the tensors that it has written to, in order.
+        """
         call = effk.implementation(op, self.name)
-        args, kwargs = tensors.map_tensors(lambda t: tensors.to_device(t, self.device), (args, kwargs))
-        before = [(t, t.clone()) for t in _constant(op, args, kwargs) if t.device.type != "meta"]
+        given = (args, kwargs)
+        args, kwargs = tensors.to_device(given, self.device)
         out = call(*args, **kwargs)
-        for tensor, copy in before:
-            assert tensors.same_bits(tensor, copy), f"{op} on {self.name} changed an input"
+        results = calls.results(op, out, args, kwargs)
+        written = calls.written(op, args, kwargs)
+        wanted = tensors.to_device(given, "cpu")
+        with torch.no_grad():
+            for tensor, result in zip(calls.written(op, *wanted), written, strict=True):
+                tensor.copy_(result)  # that much may have changed
+        for before, tensor in zip(tensors.tensors_in(wanted), tensors.tensors_in((args, kwargs)), strict=True):
+            if tensor.device.type == "meta":
+                continue
+            same = torch.equal(tensors.whole(before), tensors.whole(tensor).cpu())
+            assert same, f"{op} on {self.name} changed an input, or what lies around it in memory"
             for result in tensors.tensors_in(out):
                 assert not tensors.share_memory(result, tensor), f"{op} on {self.name} returned an alias of an input"
-        return tensors.map_tensors(lambda t: t.cpu(), out)
+        return tensors.map_tensors(lambda t: t.cpu(), results)
 
     def __str__(self) -> str:
         return self.name
-
-
-def _constant(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments that op must not change."""
-    for i, argument in enumerate(_registry.find(op).overload._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from tensors.tensors_in(value)
 
 
 def backend_params(*ops: str) -> list[Any]:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-import torch
 from effk import _registry
+from torch import Tensor
+
+from . import tensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Call:
 
     def __repr__(self) -> str:
         def brief(a: Any) -> str:
-            if not isinstance(a, torch.Tensor):
+            if isinstance(a, list | tuple):
+                return f"[{', '.join(map(brief, a))}]"
+            if not isinstance(a, Tensor):
                 return repr(a)
             grad = ", grad" if a.requires_grad else ""
             return f"<{a.dtype} {list(a.shape)} strides {list(a.stride())}{grad}>"
@@ -61,6 +65,23 @@ class Invalid:
     name: str
     call: Call
     argument: str
+
+
+def written(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments that op writes to, by its schema."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(_registry.find(op).overload._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += tensors.tensors_in(args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def results(op: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call of op came to: what it returned, or the tensors that it wrote to, or both."""
+    changed = written(op, args, kwargs)
+    returns = len(_registry.find(op).overload._schema.returns)
+    assert returns or out is None, f"{op} returned what its schema doesn't have"
+    return (out, changed) if changed and returns else out if returns else changed
 
 
 def families() -> list[str]:

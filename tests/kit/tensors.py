@@ -24,12 +24,30 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def to_device(t: Tensor, device: str) -> Tensor:
-    """A copy on a device with the same strides and offset; t itself where it already is there, or without contents."""
-    if t.device.type in (device, "meta"):
-        return t
-    flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
-    return flat.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+def whole(t: Tensor) -> Tensor:
+    """All bytes of the memory that t lies in, [n] uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
+
+
+def to_device(tree: Any, device: str | None = None) -> Any:
+    """Copies on a device (by default where they are), as leaves for autograd.
+
+    Strides, offsets and what lies between elements stay, and tensors that share memory share it in the copies, too.
+    Tensors without contents are kept.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(t: Tensor) -> Tensor:
+        if t.device.type == "meta":
+            return t
+        memory = t.untyped_storage()._cdata
+        if memory not in copies:
+            copies[memory] = whole(t).to(device or t.device, copy=True)
+        made = torch.empty(0, dtype=t.dtype, device=copies[memory].device)
+        made.set_(copies[memory].untyped_storage(), t.storage_offset(), t.shape, t.stride())
+        return made.requires_grad_(t.requires_grad)
+
+    return map_tensors(copy, tree)
 
 
 def bits(t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@
 
 #define EFFK_DEVICE __attribute__((always_inline)) inline
 #define EFFK_KERNEL(threads, blocks) void
+#define EFFK_GRID_CONSTANT(type) const type
 #define EFFK_SHARED(type, name)     \
   static const char name##_key = 0; \
   auto& name = *static_cast<std::type_identity_t<type>*>(effk::simt::static_shared(&name##_key, #name, sizeof(type)))
@@ -131,6 +132,12 @@ EFFK_DEVICE uint32_t pack_pair(float low, float high) {
   from_float(low, &a);
   from_float(high, &b);
   return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+
+template <class X>
+EFFK_DEVICE void unpack_pair(uint32_t pair, float& low, float& high) {
+  low = to_float(X{static_cast<uint16_t>(pair)});
+  high = to_float(X{static_cast<uint16_t>(pair >> 16)});
 }
 
 // A fragment of a matrix: where its element (i, k) is, i along the rows of a or the columns of b.

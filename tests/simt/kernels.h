@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 #include "runtime.h"
 
@@ -38,6 +39,19 @@ const char* w4a8_accumulate(W4a8Packed p, int64_t tokens, Address q, int64_t tok
                             Address out);
 const char* w4a8_salience(int64_t samples, int64_t rows, int64_t cols, int grad_type, Address grad, int w_type,
                           Address w, int w4_type, Address w4, Address out);
+
+// An index tensor and whether it is int64.
+using Indices = std::tuple<Address, bool>;
+// w, base or 0, a, b; rows, cols, rank; strides of w and base.
+using LoraLayer = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// ids, gates, how many, and the sign of the gates.
+using LoraPairs = std::tuple<Indices, Address, int64_t, float>;
+const char* lora_merge(int type, std::vector<LoraLayer> layers, std::vector<LoraPairs> lists, Indices ranks,
+                       double scale, int64_t adapters, int64_t rank, int num_sms);
+// adapters, rank, cols, rows; y_in may be 0.
+const char* lora_apply(int type, int64_t tokens, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, Address x,
+                       int64_t x_stride, Address a, Address b, Indices ids, Address gates, int64_t pairs, Indices ranks,
+                       double scale, Address y_in, int64_t y_stride, Address y, int64_t most_blocks);
 
 // The kernels of wrappers.cpp and planted.cpp, by name.
 const char* wrappers(const std::string& name, Address a, Address b, Address c);

@@ -63,6 +63,8 @@ PYBIND11_MODULE(effk_simt, m) {
   EFFK_DEF(w4a8_linear);
   EFFK_DEF(w4a8_accumulate);
   EFFK_DEF(w4a8_salience);
+  EFFK_DEF(lora_merge);
+  EFFK_DEF(lora_apply);
 #undef EFFK_DEF
   m.def("wrappers", &call<&wrappers, const std::string&, Address, Address, Address>);
   m.def("planted", &call<&planted, const std::string&, Address, Address>);
