@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .harness.check import difference, rounding
-from .harness.machine import Limits
-from .harness.problem import Call, Derived, Goal, Peer, Problem, Work
+from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, only
 
 SEED = 0
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -245,10 +244,6 @@ def copies(of: Layers) -> Call:
     return call
 
 
-def only(condition: Callable[[Any], bool], reason: str) -> Callable[[Work], str]:
-    return lambda work: "" if condition(work.inputs) else reason
-
-
 is_16_bit = only(lambda of: of.w[0].element_size() == 2, "adapters of the weights' type are float32 ones here")
 
 ADDMM_NOTE = "a loop over the layers, gates multiplied into b"
@@ -277,12 +272,6 @@ SWITCH_PEERS = (
 IN_PLACE_PEERS = (Peer("addmm", addmm_in_place, f"w.addmm_(b, a) of old and new adapters together: {ADDMM_NOTE}"),)
 UNMERGE_PEERS = (Peer("copy", copies, "Tensor.copy_, a layer at a time"),)
 
-
-def at_bandwidth(times: Mapping[str, float], work: Work, limits: Limits) -> float:
-    return limits.memory_seconds(work.bytes)
-
-
-BANDWIDTH = Derived("bandwidth", (), at_bandwidth, "everything moved once at the measured bandwidth")
 
 # --- Token by token ---------------------------------------------------------------------------------------------------
 
@@ -453,7 +442,7 @@ PROBLEMS = [
     applying(64, ranks="mixed", rank=64),
     *(applying(tokens, adapters=8, rank=64) for tokens in (1, 16)),
     applying(512),
-    # Twice a model of 13.5 GB.
+    # 13 GB of weights, as many of copies, and as many for each candidate.
     replace(merging("bf16", count="llama-7b", rank=64), devices=("cuda",)),
     # For a look, not for a claim.
     *(merging(dtype, 512, quick=True) for dtype in DTYPES),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .harness.check import difference, inequality, rounding
 from .harness.machine import Limits
-from .harness.problem import Call, Derived, Goal, Peer, Problem, Work
+from .harness.problem import Call, Derived, Goal, Peer, Problem, Work, only
 
 SEED = 0
 X_UNIT = 1 / 8
@@ -165,10 +165,6 @@ def scipy_csr(inputs: Inputs) -> Call:
     return lambda: w @ x
 
 
-def only(condition: Callable[[Work], bool], reason: str) -> Callable[[Work], str]:
-    return lambda work: "" if condition(work) else reason
-
-
 def no_scipy(work: Work) -> str:
     try:
         import scipy.sparse  # noqa: F401
@@ -177,13 +173,13 @@ def no_scipy(work: Work) -> str:
     return "" if work.inputs.x.shape[0] <= 16 else "one thread only: not run above 16 tokens"
 
 
-is_16_bit = only(lambda work: work.inputs.weight.w.element_size() <= 2, "the weight has 32 bits")
-is_f32 = only(lambda work: work.inputs.weight.w.dtype == torch.float32, "the weight has fewer than 32 bits")
-is_int8 = only(lambda work: work.inputs.weight.scale is not None, "the weight isn't int8")
+is_16_bit = only(lambda i: i.weight.w.element_size() <= 2, "the weight has 32 bits")
+is_f32 = only(lambda i: i.weight.w.dtype == torch.float32, "the weight has fewer than 32 bits")
+is_int8 = only(lambda i: i.weight.scale is not None, "the weight isn't int8")
 in_blocks = only(
-    lambda work: all(size % 64 == 0 for size in work.inputs.weight.w.shape), "crashes on sizes that aren't whole blocks"
+    lambda i: all(size % 64 == 0 for size in i.weight.w.shape), "crashes on sizes that aren't whole blocks"
 )
-is_one_token = only(lambda work: work.inputs.x.shape[0] == 1, "takes one token only")
+is_one_token = only(lambda i: i.x.shape[0] == 1, "takes one token only")
 has_mkldnn = only(lambda _: torch.backends.mkldnn.is_available(), "this torch has no oneDNN")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .harness.check import difference, inequality, rounding
 from .harness.machine import Limits
-from .harness.problem import Call, Derived, Goal, Peer, Problem, Work
+from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, only
 from .harness.timing import torch_threads
 
 SEED = 0
@@ -250,10 +250,6 @@ def linear_in(dtype: torch.dtype) -> Callable[[Inputs], Call]:
     return make
 
 
-def only(condition: Callable[[Inputs], bool], reason: str) -> Callable[[Work], str]:
-    return lambda work: "" if condition(work.inputs) else reason
-
-
 def no_onnxruntime(work: Work) -> str:
     absent = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if absent:
@@ -316,14 +312,9 @@ def at_int8_peak(times: Mapping[str, float], work: Work, limits: Limits) -> floa
     return work.flops / limits.rate("int8")
 
 
-def at_bandwidth(times: Mapping[str, float], work: Work, limits: Limits) -> float:
-    return limits.memory_seconds(work.bytes)
-
-
 INT8_PEAK = Derived(
     "int8-peak", (), at_int8_peak, "2 T N K operations at this machine's measured rate of int8 multiplications (VNNI)"
 )
-BANDWIDTH = Derived("bandwidth", (), at_bandwidth, "packed weight, x and result moved once at the measured bandwidth")
 COLD_DERIVED = {"cpu": (INT8_PEAK,), "cuda": (INT8_PEAK, BANDWIDTH)}
 WARM_DERIVED = {"cpu": (INT8_PEAK,), "cuda": (INT8_PEAK,)}
 

@@ -54,6 +54,12 @@ class Op:
     def overload(self) -> torch._ops.OpOverload:
         return getattr(torch.ops.effk, self.name).default
 
+    @property
+    def written(self) -> list[int]:
+        """Numbers of the arguments that it writes to."""
+        arguments = self.overload._schema.arguments
+        return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
     def load_triton(self) -> Callable[..., Any]:
         if self.triton is None:
             raise RuntimeError(f"effk::{self.name} has no Triton kernel")
@@ -87,6 +93,8 @@ def _register(op: Op) -> None:
     if op.backward is not None:
         torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context)
     _library_impl.impl(op.name, _with_warning(op), "CompositeExplicitAutograd")
+    if op.written:
+        _library_impl.impl(op.name, _counting_versions(op), "ADInplaceOrView", with_keyset=True)
 
     forced = os.environ.get("EFFK_BACKEND", "")
     if forced == "reference":
@@ -94,6 +102,20 @@ def _register(op: Op) -> None:
             _library_impl.impl(op.name, op.reference, key, allow_override=True)
     elif op.triton and has_triton() and (forced == "triton" or not _library.cuda.loaded):
         _library_impl.impl(op.name, _lazy_triton(op), "CUDA", allow_override=True)
+
+
+def _counting_versions(op: Op) -> Callable[..., Any]:
+    """So that autograd notices that what it saved was overwritten. As torch.library.custom_op does it."""
+
+    def call(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            out = op.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        for i in op.written:
+            written = args[i] if isinstance(args[i], list | tuple) else [args[i]]
+            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        return out
+
+    return call
 
 
 def _with_warning(op: Op) -> Callable[..., Any]:

@@ -161,6 +161,7 @@ Groups group(const ApplyCall& call, const Ranks& ranks, double scale) {
     int64_t adapter, token;
     float factor;
   };
+  if (call.pairs == 0 || call.args.rows == 0) return {};  // however many tokens
   const Integers ids(call.ids);
   const auto* gates = static_cast<const float*>(call.gates.const_data_ptr());
   std::vector<Entry> entries;

@@ -26,7 +26,8 @@ struct Active {
   float factor;
 };
 
-// w = base + sum over `active` of factor * b[adapter] a[adapter], in float32, rounded once.
+// w = base + sum over `active` of factor * b[adapter] a[adapter], in float32, rounded once. Which two of the three are
+// multiplied first is a level's choice: it shows where that overflows or vanishes.
 struct Merge {
   Type type;
   const Active* active;  // by ascending number, none twice

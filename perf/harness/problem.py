@@ -110,6 +110,18 @@ class Problem:
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.size.items())])
 
 
+def only(condition: Callable[[Any], bool], reason: str) -> Callable[[Work], str]:
+    """A peer's `missing`, by the inputs."""
+    return lambda work: "" if condition(work.inputs) else reason
+
+
+def at_bandwidth(times: Mapping[str, float], work: Work, limits: Limits) -> float:
+    return limits.memory_seconds(work.bytes)
+
+
+BANDWIDTH = Derived("bandwidth", (), at_bandwidth, "everything moved once at the measured bandwidth")
+
+
 @dataclass(frozen=True)
 class Goal:
     """effk is wanted to be `ratio` times as fast as a peer, at problems whose size has these entries."""

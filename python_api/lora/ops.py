@@ -111,13 +111,16 @@ def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wanted[0]:
         somewhere = selected.any(0)[:, None]  # what no token uses may hold NaN
         grad_x = (inner_grad @ torch.where(somewhere, a2, 0.0).float()).to(x.dtype).reshape(x.shape)
+    # Likewise tokens that use nothing: padding.
+    active = selected.any(1, keepdim=True)
     if wanted[1]:
-        grad_a = (inner_grad.T @ x2.float()).to(a.dtype).reshape(a.shape)
+        grad_a = (inner_grad.T @ torch.where(active, x2, 0.0).float()).to(a.dtype).reshape(a.shape)
     if wanted[2] or wanted[4]:
         inner = x2.float() @ a2.float().T
         if wanted[2]:
             inner_used = torch.where(selected, inner * factor, 0.0)
-            grad_b = (inner_used.T @ grad2.float()).to(b.dtype).reshape(adapters, rank, rows).transpose(1, 2)
+            grad_b = inner_used.T @ torch.where(active, grad2, 0.0).float()
+            grad_b = grad_b.to(b.dtype).reshape(adapters, rank, rows).transpose(1, 2)
         if wanted[4]:
             # A gate of 0 has a gradient too, so nothing but a token's own pairs is asked what it selects.
             products = (inner * of_b).reshape(tokens, adapters, rank)
@@ -145,9 +148,9 @@ def lora_merge_(
     The method is LoRA-Switch's (Kong et al., 2024, arXiv:2405.17741); `base` is an addition of effk's: with it
     nothing drifts, whatever was merged before. The sum is made in float32 and rounded once. Gates of the same adapter
     add up first (in float64); of adapters whose gates add up to 0 nothing is read. Adapters are added by ascending
-    number, so the order of pairs matters to the rounding of such sums only. No gradients; and autograd isn't told of
-    the change: not between a forward pass that used w and its backward pass. On a GPU ids and gates are read there,
-    without waiting for the device, so that a CUDA graph can hold the call.
+    number, so the order of pairs matters to the rounding of such sums only. Products of three numbers may overflow or
+    vanish on the way, in an order that depends on the back end. No gradients: for autograd w is changed in place. On a
+    GPU ids and gates are read there, without waiting for the device, so that a CUDA graph can hold the call.
 
     Args:
         w: the layers' weights, changed in place: [N, K], float32, float16 or bfloat16, all of one dtype, rows
@@ -257,7 +260,8 @@ def lora_apply(
 
     Tokens are grouped by adapter inside, so that each adapter is read once. Sums, and A x, are kept in float32; the
     result is rounded once. Gates of a token's same adapter add up first (in float64); adapters whose gates add up to 0
-    have no part in it, whatever they hold. Differentiable in x, a, b, gates and y.
+    have no part in it, whatever they hold. Differentiable in x, a, b, gates and y; there, NaN in an adapter or token
+    that is used may reach all tokens of the call.
 
     Args:
         x: [..., K], float32, float16 or bfloat16, any strides.

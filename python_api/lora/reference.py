@@ -157,8 +157,10 @@ def used_ranks(op: str, ranks: Tensor | None, adapters: int, rank: int) -> list[
 def factors(ids: Tensor, gates: Tensor, scale: float, adapters: int) -> Tensor:
     """[..., E] float32: the gates of each adapter summed up in float64, times scale. ids and gates are [..., k]."""
     sums = torch.zeros(*ids.shape[:-1], adapters + 1, dtype=torch.float64, device=ids.device)
-    sums.scatter_add_(-1, torch.where(ids < 0, adapters, ids).long(), gates.double())  # -1 adds up beyond the last
-    return (sums[..., :adapters] * scale).float()
+    at = torch.where(ids < 0, adapters, ids).long()  # -1 adds up beyond the last
+    listed = torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, at, True)
+    sums = torch.where(listed, sums.scatter_add(-1, at, gates.double()) * scale, 0.0)
+    return sums[..., :adapters].float()
 
 
 # --- The ops ---------------------------------------------------------------------------------------------------------

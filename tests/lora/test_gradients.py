@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -226,3 +227,37 @@ def test_compiled(dynamic: bool) -> None:
     inputs = list(inputs_of(case, "cpu").values())
     gradients = [torch.autograd.grad(f(*inputs).sum(), inputs) for f in (compiled, function)]
     assert all(map(tensors.same_bits, *gradients))
+
+
+def test_padding_tokens_leak_no_nan() -> None:
+    """They have no adapters, and anything in them."""
+    x = torch.randn(3, 4)
+    x[1] = math.nan
+    a, b = torch.randn(2, 2, 4, requires_grad=True), torch.randn(2, 3, 2, requires_grad=True)
+    ids = torch.tensor([[0], [-1], [1]])
+    y = torch.ops.effk.lora_apply(x, a, b, ids, torch.ones(3, 1))
+    grad = torch.randn(3, 3)
+    grad[1] = math.nan
+    y.backward(grad)
+    kept = [0, 2]
+    for leaf in (a, b):
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+    again = [t.detach().requires_grad_() for t in (a, b)]
+    torch.ops.effk.lora_apply(x[kept], *again, ids[kept], torch.ones(2, 1)).backward(grad[kept])
+    for leaf, other in zip((a, b), again, strict=True):
+        assert leaf.grad is not None and other.grad is not None
+        torch.testing.assert_close(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("op", ["lora_merge_", "lora_unmerge_", "lora_switch_"])
+def test_autograd_notices_that_a_weight_was_overwritten(op: str) -> None:
+    """What it saved for a backward pass isn't there any more."""
+    w = torch.randn(3, 4, requires_grad=True)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = x @ w.T
+    pairs = (torch.tensor([0]), torch.ones(1)) * (2 if op == "lora_switch_" else 1)
+    before = w._version
+    getattr(torch.ops.effk, op)([w], [torch.randn(1, 2, 4)], [torch.randn(1, 3, 2)], *pairs)
+    assert w._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -73,3 +75,24 @@ def test_subnormal_weights_are_kept(backend: Backend) -> None:
         case.base[0].copy_(torch.linspace(-1, 1, 17 * 33).view(17, 33) * smallest)
         case.b[0].zero_()
         assert torch.equal(case.merge(backend)[0], case.base[0])
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+@on_backends("lora_merge_", "lora_apply")
+def test_a_scale_that_is_not_finite_is_for_listed_adapters_only(backend: Backend, scale: float) -> None:
+    """0 * inf made all the others take part."""
+    w, a, b = torch.ones(3, 4), torch.ones(2, 1, 4), torch.ones(2, 3, 1)
+    for ids in (torch.zeros(0, dtype=torch.int64), torch.tensor([-1, -1])):
+        (out,) = backend.run("lora_merge_", [w], [a], [b], ids, torch.ones(len(ids)), scale=scale)
+        assert tensors.same_bits(out, w)
+    y = backend.run("lora_apply", torch.ones(2, 4), a, b, torch.tensor([[-1], [0]]), torch.ones(2, 1), scale=scale)
+    assert torch.equal(y[0], torch.zeros(3)) and not y[1].isfinite().any()
+
+
+def test_more_tokens_than_anybody_can_count() -> None:
+    """Expanded, they take no memory; without pairs there is nothing to do for them."""
+    many = 2**40
+    ids = torch.zeros(1, 0, dtype=torch.int64).expand(many, 0)
+    x = torch.ones(1, 1).expand(many, 1)
+    y = torch.ops.effk.lora_apply(x, torch.ones(1, 1, 1), torch.ones(1, 0, 1), ids, ids.float())
+    assert y.shape == (many, 0)
