@@ -6,14 +6,16 @@ more than a factor A, a factor B and a scaling is refused by name rather than le
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,7 +62,13 @@ FOREIGN = (
     ("", "a whole tensor of the model"),
 )
 
-MAX_CONFIG_BYTES = 2**24
+MAX_CONFIG_BYTES = 2**20
+MAX_PATTERNS = 4096
+MAX_PATTERN = 512  # characters
+MAX_LAYOUTS = 256
+MAX_NAME = 1024  # characters of a tensor's name
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,33 +114,47 @@ class _Config:
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: list[tuple[_Pattern, int]]
-    alpha_pattern: list[tuple[_Pattern, float]]
+    rank_pattern: _Patterns[int]
+    alpha_pattern: _Patterns[float]
+
+
+def _open(file: Path) -> BinaryIO:
+    """A regular file, or a link to one. Others may have no end, or wait for somebody to write."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{file.name} is not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def _read_config(file: Path) -> _Config:
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{file.name} has {file.stat().st_size} bytes; wanted at most {MAX_CONFIG_BYTES}")
+    with _open(file) as opened:
+        data = opened.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{file.name} has more than {MAX_CONFIG_BYTES} bytes")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file.name} holds a {type(found).__name__}; wanted an object")
     if found.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {found.get('peft_type')!r}; only 'LORA' is supported")
+        raise ValueError(f"peft_type is {_short(found.get('peft_type'))}; only 'LORA' is supported")
     if found.get("bias", "none") != "none":
-        raise ValueError(f"bias is {found['bias']!r}; only 'none' is supported")
+        raise ValueError(f"bias is {_short(found['bias'])}; only 'none' is supported")
     init = found.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
         raise ValueError(
-            f"init_lora_weights is {init!r}, which changes the model's weights: convert the adapter to a plain one "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights is {_short(init)}, which changes the model's weights: convert the adapter to a plain "
+            "one (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for name, value in found.items():
         # What other versions added and this adapter doesn't use is empty.
         if name not in READ | NEUTRAL and value:
-            raise ValueError(f"{name} is {_short(value)}, which is not supported")
+            raise ValueError(f"{_cut(name)} is {_short(value)}, which is not supported")
     rslora = found.get("use_rslora") or False
     if not isinstance(rslora, bool):
         raise ValueError(f"use_rslora is {_short(rslora)}; wanted true or false")
@@ -140,14 +162,20 @@ def _read_config(file: Path) -> _Config:
         _rank("r", found.get("r", 8)),
         _number("lora_alpha", found.get("lora_alpha", 8)),
         rslora,
-        [(p, _rank(f"rank_pattern[{p.text!r}]", v)) for p, v in _patterns(found, "rank_pattern")],
-        [(p, _number(f"alpha_pattern[{p.text!r}]", v)) for p, v in _patterns(found, "alpha_pattern")],
+        _Patterns("rank_pattern", found.get("rank_pattern") or {}, _rank),
+        _Patterns("alpha_pattern", found.get("alpha_pattern") or {}, _number),
     )
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return _cut(repr(value))
+    except (RecursionError, ValueError):  # lists in lists, or more digits than Python prints
+        return f"a {type(value).__name__}"
+
+
+def _cut(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _rank(name: str, value: Any) -> int:
@@ -165,40 +193,69 @@ def _number(name: str, value: Any) -> float:
     raise ValueError(f"{name} is {_short(value)}; wanted a number")
 
 
-class _Pattern:
-    """A path or its end, as PEFT matches the regular expressions of a configuration.
+class _Patterns(Generic[T]):
+    """Values for paths and ends of paths, of which the first that fits counts, as PEFT matches regular expressions.
 
     They come from a file, and a regular expression can take exponential time: here a dot may be any character, there
-    may be ^, $ and escaped dots, and nothing else that has a meaning.
+    may be ^, $ and escaped dots, and nothing else that has a meaning. Such a pattern fits ends of its own length that
+    have its characters where it has no dot, so that patterns with dots in the same places share a table.
     """
 
-    def __init__(self, name: str, text: str):
-        if not re.fullmatch(r"\^?(?:[\w.\-]|\\\.)*\$?", text):
+    def __init__(self, name: str, found: Any, check: Callable[[str, Any], T]):
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} is {_short(found)}; wanted an object")
+        if len(found) > MAX_PATTERNS:
+            raise ValueError(f"{name} has {len(found)} patterns; wanted at most {MAX_PATTERNS}")
+        # By length; by whether only whole paths fit and the parts between dots; by the text of those parts.
+        self.tables: dict[int, dict[tuple[bool, tuple[tuple[int, int], ...]], dict[str, tuple[int, T]]]] = {}
+        layouts: dict[tuple[bool, tuple[int, ...]], tuple[tuple[int, int], ...]] = {}
+        for i, (text, value) in enumerate(found.items()):
+            plain, dots = _parse(name, text)
+            bounds = (-1, *dots, len(plain))
+            parts = layouts.setdefault(
+                (text.startswith("^"), bounds), tuple((a + 1, b) for a, b in itertools.pairwise(bounds))
+            )
+            if len(layouts) > MAX_LAYOUTS:
+                raise ValueError(f"{name} has dots in more than {MAX_LAYOUTS} ways")
+            tables = self.tables.setdefault(len(plain), {})
+            table = tables.setdefault((text.startswith("^"), parts), {})
+            table.setdefault("".join([plain[a:b] for a, b in parts]), (i, check(f"{name}[{_short(text)}]", value)))
+
+    def get(self, path: str, default: T) -> T:
+        fits = []
+        starts = [0, *(i + 1 for i, c in enumerate(path) if c == ".")]
+        for start in starts:
+            for (whole, parts), table in self.tables.get(len(path) - start, {}).items():
+                if start == 0 or not whole:
+                    end = path[start:]
+                    if (fit := table.get("".join([end[a:b] for a, b in parts]))) is not None:
+                        fits.append(fit)
+        return min(fits, key=lambda fit: fit[0])[1] if fits else default
+
+
+def _parse(name: str, text: str) -> tuple[str, list[int]]:
+    """A pattern without ^, $ and backslashes, and where its dots that may be any character are."""
+    if len(text) > MAX_PATTERN:
+        raise ValueError(f"{name} has a pattern of {len(text)} characters; wanted at most {MAX_PATTERN}")
+    pieces = text.removeprefix("^").removesuffix("$").split("\\.")
+    dots, at = [], 0
+    for piece in pieces:
+        if not all(c.isalnum() or c in "_-." for c in piece):
             raise ValueError(
                 f"{name} has the pattern {_short(text)}; only paths and ends of paths are supported, no other regular "
                 "expressions"
             )
-        self.text = text
-        self.pattern = re.compile(rf"(?:.*\.)?(?:{text})$")
-        self.last = re.split(r"\\?\.", text.strip("^$"))[-1]  # a quick look decides most cases
-
-    def matches(self, path: str) -> bool:
-        return path.endswith(self.last) and self.pattern.match(path) is not None
-
-
-def _patterns(found: dict[str, Any], name: str) -> list[tuple[_Pattern, Any]]:
-    value = found.get(name) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {_short(value)}; wanted an object")
-    return [(_Pattern(name, key), v) for key, v in value.items()]
+        dots += [at + i for i, c in enumerate(piece) if c == "."]
+        at += len(piece) + 1
+    return ".".join(pieces), dots
 
 
 def _scaling(config: _Config, path: str, rank: int) -> float:
     """Of a layer, whose tensors have this rank."""
-    wanted = next((r for pattern, r in config.rank_pattern if pattern.matches(path)), config.rank)
+    wanted = config.rank_pattern.get(path, config.rank)
     if rank != wanted:
-        raise ValueError(f"layer {path} has rank {rank}; wanted {wanted} by adapter_config.json")
-    alpha = next((v for pattern, v in config.alpha_pattern if pattern.matches(path)), config.alpha)
+        raise ValueError(f"layer {path} has rank {rank}; wanted {_short(wanted)} by adapter_config.json")
+    alpha = config.alpha_pattern.get(path, config.alpha)
     return alpha / math.sqrt(rank) if config.rslora else alpha / rank
 
 
@@ -213,12 +270,16 @@ def _read_layers(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise ImportError("reading adapters needs safetensors: pip install effk[safetensors]") from error
     if not file.exists():
         raise FileNotFoundError(f"{file} doesn't exist (adapters in pickle files, .bin or .pt, are not supported)")
+    _open(file).close()
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file.name} is not a safetensors file that torch can read: {error}") from error
+        reason = _cut(str(error), 200)
+        raise ValueError(f"{file.name} is not a safetensors file that torch can read: {reason}") from error
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if len(key) > MAX_NAME:
+            raise ValueError(f"the tensor {_cut(key)} has a name of {len(key)} characters; wanted at most {MAX_NAME}")
         match = SUFFIX.fullmatch(key)
         if match is None:
             what = next(what for part, what in FOREIGN if part in key)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
+import operator
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .._checks import FLOATS
 from .._progress import progress_bar
 from . import reference
 from .adapters import Adapter, check_layer
-from .selector import Selector
+from .selector import Selector, check_amount
 
 log = logging.getLogger("effk")
 
@@ -158,7 +158,9 @@ class AdapterBank:
 
     Raises:
         ValueError: an adapter can't be read, needs something that isn't supported or doesn't fit the model, or a layer
-            can't be adapted: quantized, tied to another parameter, not contiguous. The model is as it was.
+            can't be adapted: quantized, tied to another parameter, in memory of another parameter or buffer, not
+            contiguous. The model is as it was.
+        TypeError: the selector is none.
         OSError: a file can't be read.
         ImportError: an adapter comes from a folder, and safetensors isn't installed.
     """
@@ -174,6 +176,8 @@ class AdapterBank:
         progress: bool = True,
     ):
         _check_mode(mode)
+        if selector is not None and not isinstance(selector, Selector):
+            raise TypeError(f"selector is a {type(selector).__name__}; wanted a Selector")
         named = _named(adapters)
         self.names = tuple(named)
         self.keep_base = keep_base
@@ -184,6 +188,7 @@ class AdapterBank:
         with torch.inference_mode(False), torch.no_grad():  # tensors of that mode couldn't be used outside of it
             read = _read(named, progress)
             found = _find_layers(model, read)
+            _check_memory(model, found)
             scalings = [_common_scaling(adapter) for adapter in read.values()]
             self.layers = _stack(found, read, scalings, keep_base, progress)
             self.device, self.dtype = self.layers[0].w.device, self.layers[0].w.dtype
@@ -198,14 +203,20 @@ class AdapterBank:
         self._a = [layer.merge_a for layer in self.layers]
         self._b = [layer.merge_b for layer in self.layers]
         self._base = [layer.base for layer in self.layers if layer.base is not None] if keep_base else None
-        _check_memory(self.layers)
         self._merged: tuple[Tensor, Tensor] | None = None  # with scalings in the gates
         self._choice = _Choice()
         self._router: torch.utils.hooks.RemovableHandle | None = None
         self._remember()
         # All the time, as code that torch compiled may not notice hooks that come later.
-        self._hooks = [layer.module.register_forward_hook(_hook(layer, self._choice), with_kwargs=True)
-                       for layer in self.layers]  # fmt: skip
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            for layer in self.layers:
+                hook = _LayerHook(layer, self._choice)
+                self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        except BaseException:  # also an interrupt: the model is as it was
+            for handle in self._hooks:
+                handle.remove()
+            raise
         log.info(
             "lora: %d adapters of rank %s for %d layers, %d bytes, and %d of copies of weights",
             len(self.names),
@@ -223,6 +234,12 @@ class AdapterBank:
             f"AdapterBank({len(self)} adapters, {len(self.layers)} layers, mode={self.mode!r}, "
             f"keep_base={self.keep_base}, {self.dtype}, {self.device})"
         )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise TypeError("an AdapterBank can't be copied, as it belongs to one model: make another one of a copy")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an AdapterBank can't be copied or pickled, as it belongs to one model: make another one")
 
     # ---- choosing
 
@@ -287,16 +304,19 @@ class AdapterBank:
         Args:
             ids: [..., k] with the sizes of the tokens that layers will get, or [k] for all tokens, whose number may
                 then change; names or numbers, -1 for none. Of tokens that layers get as rows, [batch, length] may be
-                flattened.
+                flattened. The bank keeps copies of ids and gates.
             gates: [..., k]; by default 1 each. In a pass with gradients they get theirs, unless merged.
             steps: passes expected until another set is routed, for "auto".
             tokens: expected in each of them, for "auto".
 
         Raises:
-            ValueError: an unknown name or number in a list, or wrong shapes or dtypes.
+            ValueError: an unknown name or number in a list, wrong shapes or dtypes, or steps or tokens is no number or
+                negative.
             RuntimeError: as in `switch`, where it merges or unmerges. In "token" mode numbers in tensors are checked
                 when layers use them.
         """
+        check_amount("steps", steps)
+        check_amount("tokens", tokens)
         ids, gates = self._pairs(ids, gates)
         if self._mode != "token" and ids.numel() == ids.shape[-1]:  # one set for all
             if self._mode == "merged":
@@ -308,7 +328,8 @@ class AdapterBank:
             ids, gates = ids.reshape(-1), gates.reshape(-1)
         if self._merged is not None:
             self._restore()
-        self._choice.ids, self._choice.gates = ids, self._with_scaling(ids, gates)
+        # Copies, as the caller may write into his.
+        self._choice.ids, self._choice.gates = ids.clone(), self._with_scaling(ids, gates.clone())
 
     def attach_router(
         self, module: nn.Module | str, router: Callable[[Tensor], tuple[Tensor, Tensor]], *, steps: float = 1
@@ -324,9 +345,10 @@ class AdapterBank:
             steps: as in `route`.
 
         Raises:
-            ValueError: there is no such module, or another router is there.
+            ValueError: there is no such module, another router is there, or steps is no number or negative.
         """
         model = self._alive()
+        check_amount("steps", steps)
         if self._router is not None:
             raise ValueError("there is a router already: detach_router() takes it away")
         if isinstance(module, str):
@@ -334,13 +356,7 @@ class AdapterBank:
         elif not any(m is module for m in model.modules()):
             raise ValueError("the module is not in the model")
 
-        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("input", kwargs.get("x")))
-            if not isinstance(hidden, Tensor):
-                raise RuntimeError(f"the router's {type(module).__name__} got no hidden states as its first argument")
-            self.route(*router(hidden), steps=steps)
-
-        self._router = module.register_forward_pre_hook(choose, with_kwargs=True)
+        self._router = module.register_forward_pre_hook(_RouterHook(self, router, steps), with_kwargs=True)
         self._choice.routers += "+"
 
     def detach_router(self) -> None:
@@ -382,8 +398,7 @@ class AdapterBank:
         """Numbers int32 or int64 and gates float32, of the same shape [..., k], on the model's device."""
         self._alive()
         if not isinstance(ids, Tensor):
-            given = [ids] if isinstance(ids, int | str) else list(ids)
-            ids = torch.tensor([self._number(i) for i in given], dtype=torch.int64, device=self.device)
+            ids = torch.tensor([self._number(i) for i in _items("ids", ids)], dtype=torch.int64, device=self.device)
         elif ids.dtype not in reference.INDICES:
             raise ValueError(f"ids has dtype {ids.dtype}; wanted torch.int32 or torch.int64")
         if ids.dim() == 0 or ids.shape[-1] > reference.MAX_PAIRS:
@@ -392,7 +407,9 @@ class AdapterBank:
         if gates is None:
             return ids, torch.ones(ids.shape, device=self.device)
         if not isinstance(gates, Tensor):
-            gates = torch.tensor([gates] if isinstance(gates, int | float) else list(gates), dtype=torch.float32)
+            gates = torch.tensor([_gate(g) for g in _items("gates", gates)], dtype=torch.float32)
+        elif gates.is_complex():
+            raise ValueError(f"gates has dtype {gates.dtype}; wanted real numbers")
         if gates.shape != ids.shape:
             raise ValueError(f"gates has shape {list(gates.shape)}; wanted that of ids, {list(ids.shape)}")
         return ids, gates.to(self.device, torch.float32)
@@ -402,9 +419,13 @@ class AdapterBank:
             if adapter not in self._numbers:
                 raise ValueError(f"there is no adapter {adapter!r}; there are {', '.join(self.names)}")
             return self._numbers[adapter]
-        if not -1 <= adapter < len(self.names):
-            raise ValueError(f"ids holds {adapter}; wanted -1 to {len(self.names) - 1}")
-        return adapter
+        try:
+            number = operator.index(adapter)
+        except TypeError as error:
+            raise ValueError(f"ids holds {adapter!r}; wanted names or whole numbers") from error
+        if not -1 <= number < len(self.names):
+            raise ValueError(f"ids holds {number}; wanted -1 to {len(self.names) - 1}")
+        return number
 
     def _with_scaling(self, ids: Tensor, gates: Tensor) -> Tensor:
         if not self._scaled:
@@ -428,7 +449,7 @@ class AdapterBank:
                 torch.ops.effk.lora_switch_(self._w, self._a, self._b, *old, ids, gates, self._base, self.ranks)
             # Copies, as the caller may write into his.
             self._merged = (ids.clone(), gates.clone())
-            self._remember(written=True)
+            self._remember()
         self._choice.ids = self._choice.gates = None
 
     def _is_merged(self, ids: Tensor, gates: Tensor) -> bool:
@@ -445,7 +466,7 @@ class AdapterBank:
             self._check_weights()
             torch.ops.effk.lora_unmerge_(self._w, self._a, self._b, *self._merged, self._base, self.ranks)
         self._merged = None
-        self._remember(written=True)
+        self._remember()
 
     def _check_weights(self) -> None:
         for layer in self.layers:
@@ -462,13 +483,11 @@ class AdapterBank:
                     "remove(unmerge=False))"
                 )
 
-    def _remember(self, written: bool = False) -> None:
-        """The weights' versions. The ops leave those to their callers, and autograd needs them to find stale values."""
-        counted = [layer for layer in self.layers if not layer.w.is_inference()]
-        if written:
-            torch.autograd.graph.increment_version([layer.w for layer in counted])
-        for layer in counted:
-            layer.version = layer.w._version
+    def _remember(self) -> None:
+        """The weights' versions, which the ops raise."""
+        for layer in self.layers:
+            if not layer.w.is_inference():
+                layer.version = layer.w._version
 
     # ---- the cheaper way
 
@@ -501,14 +520,62 @@ def _writing(weights: list[Tensor]) -> torch.inference_mode | torch.no_grad:
     return torch.inference_mode() if any(w.is_inference() for w in weights) else torch.no_grad()
 
 
-def _hook(layer: Layer, choice: _Choice) -> Callable[..., Tensor | None]:
-    def add_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+def _items(name: str, given: Any) -> list[Any]:
+    """Of a sequence, or the only one."""
+    if isinstance(given, Mapping):
+        raise ValueError(f"{name} is a {type(given).__name__}; wanted a sequence")
+    try:
+        return [given] if isinstance(given, str) else list(given)
+    except TypeError:
+        return [given]
+
+
+def _gate(gate: Any) -> float:
+    try:
+        if not isinstance(gate, str | bytes):
+            return float(gate)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"gates holds {gate!r}; wanted numbers")
+
+
+class _Hook:
+    """A hook of a bank. Copies of the model would have it, too, and follow a bank that never writes their weights."""
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise TypeError("a model with an AdapterBank can't be copied or pickled: call the bank's remove() before")
+
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__(None)
+
+
+class _LayerHook(_Hook):
+    """Adds the chosen adapters to what a layer makes."""
+
+    def __init__(self, layer: Layer, choice: _Choice):
+        self.layer, self.choice = layer, choice
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        choice = self.choice
         if choice.routers == "" or choice.ids is None or choice.gates is None:  # each is looked at when compiled
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        return layer.add(x, output, choice.ids, choice.gates)
+        return self.layer.add(x, output, choice.ids, choice.gates)
 
-    return add_adapters
+
+class _RouterHook(_Hook):
+    """Lets a router choose, from the first argument of the module."""
+
+    def __init__(self, bank: AdapterBank, router: Callable[[Tensor], tuple[Tensor, Tensor]], steps: float):
+        self.bank, self.router, self.steps = bank, router, steps
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("input", kwargs.get("x")))
+        if not isinstance(hidden, Tensor):
+            raise RuntimeError(f"the router's {type(module).__name__} got no hidden states as its first argument")
+        self.bank.route(*self.router(hidden), steps=self.steps)
 
 
 # ---- making a bank
@@ -636,9 +703,15 @@ def _obstacle(module: nn.Module, paths: list[str], parameters: Mapping[int, list
 
 def _scaling_of(adapter: Adapter, path: str) -> float:
     scaling = adapter.scaling.get(path) if isinstance(adapter.scaling, Mapping) else adapter.scaling
-    if not isinstance(scaling, int | float) or not math.isfinite(scaling):
-        raise ValueError(f"layer {path}: scaling is {scaling!r}; wanted a number")
+    if not isinstance(scaling, int | float) or not _fits_float32(scaling):
+        raise ValueError(f"layer {path}: scaling is {scaling!r}; wanted a number that float32 holds")
     return float(scaling)
+
+
+def _fits_float32(number: float) -> bool:
+    """As neither an infinity nor NaN, and, unless it is 0, with all digits."""
+    limits = torch.finfo(torch.float32)
+    return number == 0 or limits.tiny <= abs(number) <= limits.max
 
 
 def _common_scaling(adapter: Adapter) -> float:
@@ -665,6 +738,11 @@ def _stack(
                     scaling = _scaling_of(adapter, path)
                     ratio = 1.0 if scaling == scalings[i] else scaling / scalings[i]
                     try:
+                        if not _fits_float32(ratio):
+                            raise ValueError(
+                                f"scaling is {scaling}; that of most layers is {scalings[i]}, and float32 does not "
+                                "hold their ratio"
+                            )
                         a[i, : used[i]] = _fitted(from_a, 1.0, weight)
                         b[i, :, : used[i]] = _fitted(from_b, ratio, weight)
                     except ValueError as error:
@@ -692,19 +770,33 @@ def _ranks(used: Sequence[int], rank: int, device: torch.device) -> Tensor | Non
 
 
 def _fitted(t: Tensor, ratio: float, like: Tensor) -> Tensor:
-    """In the dtype and on the device of the model."""
+    """Times a ratio, in the dtype and on the device of the model."""
     t = t.detach()
-    if ratio != 1:
-        t = t.to(torch.promote_types(t.dtype, torch.float32)) * ratio
-    out = t.to(like.device, like.dtype)
-    if out.dtype != t.dtype and bool((out.isinf() & t.isfinite().to(out.device)).any()):
-        raise ValueError(f"numbers of {t.dtype} are too large for the model's {out.dtype}")
+    scaled = t if ratio == 1 else t.to(torch.promote_types(t.dtype, torch.float32)) * ratio
+    out = scaled.to(like.device, like.dtype)
+    if (ratio != 1 or out.dtype != t.dtype) and bool((~out.isfinite() & t.isfinite().to(out.device)).any()):
+        factor = "" if ratio == 1 else f", times a ratio of scalings of {ratio:g},"
+        raise ValueError(f"numbers of {t.dtype}{factor} are too large for the model's {out.dtype}")
     return out
 
 
-def _check_memory(layers: Sequence[Layer]) -> None:
-    """Weights that are views of the same memory would be changed twice."""
-    try:
-        reference.check_disjoint("lora_switch_", [layer.w for layer in layers], {})
-    except RuntimeError as error:
-        raise ValueError(f"weights of the model overlap in memory (layers {layers[0].path} ...): {error}") from error
+def _check_memory(model: nn.Module, found: Sequence[_Found]) -> None:
+    """No weight of a layer shares memory with another tensor of the model, which would be changed with it."""
+    weights = {id(layer.module.weight) for layer in found}
+    device = found[0].module._parameters["weight"].device  # type: ignore[union-attr]
+    extents = []
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if torch.nn.parameter.is_lazy(t) or t.device != device or t.layout != torch.strided or t.numel() == 0:
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        try:
+            extents.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), name, id(t) in weights))
+        except RuntimeError:  # some kinds of quantized tensors have no memory of their own
+            continue
+    # By their beginnings: what overlaps anything before it overlaps the one that ends last.
+    before: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
+    for begin, end, name, written in sorted(extents):
+        for other_written, (other_end, other) in before.items():
+            if (written or other_written) and begin < other_end:
+                raise ValueError(f"weights of the model overlap in memory, and can't be adapted: {other} and {name}")
+        before[written] = max(before[written], (end, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from bisect import bisect_right
@@ -28,6 +29,16 @@ def interpolate(points: Points, x: float) -> float:
     i = min(max(bisect_right([p[0] for p in points], x), 1), len(points) - 1)
     (x0, y0), (x1, y1) = points[i - 1], points[i]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def check_amount(name: str, value: float) -> None:
+    """That it is a number that isn't negative.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {value!r}; wanted a number that is not negative")
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,12 @@ class Selector:
             steps: passes until the next switch.
             ranks: of the set's adapters.
             merged: ranks of what is merged now, and would have to be taken out for "token"; None for nothing.
+
+        Raises:
+            ValueError: tokens or steps is no number or negative.
         """
+        check_amount("tokens", tokens)
+        check_amount("steps", steps)
         token = steps * self.apply_seconds(tokens, ranks)
         if merged is not None:
             token += self.unmerge_seconds(merged)
@@ -103,7 +119,16 @@ class Selector:
             seconds: after which no more runs are begun; there are at least three.
             runs: at most, of each point.
             clock: returns seconds; by default `time.perf_counter`, after waiting for the device.
+
+        Raises:
+            ValueError: tokens holds none or other than positive integers, seconds is negative, or runs isn't positive.
+            RuntimeError: the bank was removed, or a weight was moved, replaced or changed since it was made.
         """
+        if not tokens or not all(isinstance(t, int) and t > 0 for t in tokens):
+            raise ValueError(f"tokens is {tokens!r}; wanted positive integers")
+        if not isinstance(runs, int) or runs < 1:
+            raise ValueError(f"runs is {runs!r}; wanted a positive integer")
+        check_amount("seconds", seconds)
         bank._alive()
         bank._check_weights()
         with torch.inference_mode():
@@ -193,6 +218,7 @@ class _Calibration:
         if self.base is not None:
             merged = self.bank._merged or self.bank._nothing
             torch.ops.effk.lora_merge_(self.targets, self.a, self.b, *merged, self.base, self.bank.ranks)
+            self.bank._remember()
 
     def _total(self, times: list[list[float]]) -> float:
         """Of all layers, from those of the same shape in the sample."""
@@ -208,6 +234,7 @@ class _Calibration:
         between = self.clock()
         torch.ops.effk.lora_switch_(self.targets, self.a, self.b, *bank._nothing, ids, gates, self.base, bank.ranks)
         end = self.clock()
+        bank._remember()
         return between - start + (end - between) * self.share
 
     def _pass(self, tokens: int, rank: int, times: list[list[float]] | None) -> None:

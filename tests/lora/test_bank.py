@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from effk.lora import Adapter, AdapterBank, Router, Selector
+from effk.lora.adapters import MAX_PATTERN, _Patterns
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -678,6 +681,18 @@ def test_names_numbers_and_tensors_are_the_same() -> None:
         ([4], None, ValueError, "ids holds 4; wanted -1 to 3"),
         ([-2], None, ValueError, "ids holds -2"),
         (torch.tensor([4]), None, RuntimeError, "ids holds 4; wanted -1 to 3"),
+        ([0.5], None, ValueError, "ids holds 0.5; wanted names or whole numbers"),
+        ([1.0], None, ValueError, "ids holds 1.0; wanted names or whole numbers"),
+        (1.0, None, ValueError, "ids holds 1.0"),
+        ([[0]], None, ValueError, r"ids holds \[0\]; wanted names or whole numbers"),
+        ([None], None, ValueError, "ids holds None"),
+        (None, None, ValueError, "ids holds None"),
+        ({"plain": 0.5}, None, ValueError, "ids is a dict; wanted a sequence"),
+        ([0], "1", ValueError, "gates holds '1'; wanted numbers"),
+        ([0], ["1"], ValueError, "gates holds '1'; wanted numbers"),
+        ([0], [None], ValueError, "gates holds None; wanted numbers"),
+        ([0], [[1.0]], ValueError, r"gates holds \[1.0\]; wanted numbers"),
+        ([0], torch.tensor([1j]), ValueError, "gates has dtype torch.complex64; wanted real numbers"),
         (torch.tensor([0.0]), None, ValueError, "ids has dtype torch.float32"),
         (torch.tensor(0), None, ValueError, r"ids has shape \[\]"),
         (torch.zeros(1025, dtype=torch.int64), None, ValueError, "k at most 1024"),
@@ -693,6 +708,88 @@ def test_wrong_choices(ids: Any, gates: Any, error: type[Exception], message: st
     with pytest.raises(error, match=message):
         bank.switch(ids, gates)
     assert same_state(model, before) and bank.merged == [("plain", 0.5)]
+
+
+def test_wrong_amounts_and_selectors() -> None:
+    model = on_grid()
+    bank = AdapterBank(model, adapters(), mode="token")
+    wrong: list[Any] = [-1, -0.5, float("nan"), float("inf"), "1", None]
+    for value in wrong:
+        for use in (
+            lambda: bank.route([0], steps=value),  # noqa: B023
+            lambda: bank.attach_router("", Router(COLS, 4), steps=value),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=f"steps is {value!r}; wanted a number that is not negative"):
+                use()
+        with pytest.raises(ValueError, match=f"tokens is {value!r}; wanted a number that is not negative"):
+            bank.route([0], tokens=value)
+    assert not bank.chosen
+    bank.remove()
+    for wrong_selector in (1, Selector):
+        with pytest.raises(TypeError, match=r"selector is a (int|type); wanted a Selector"):
+            AdapterBank(model, adapters(), selector=wrong_selector)  # type: ignore[arg-type]
+    assert not hooks(model)
+
+
+def test_a_choice_is_not_the_callers_memory() -> None:
+    model = on_grid()
+    named = {"a": adapter(1, scaling=1), "b": adapter(2, scaling=1)}  # gates need no scaling
+    bank = AdapterBank(model, named, mode="token")
+    ids, gates = torch.tensor([0]), torch.tensor([2.0])
+    bank.route(ids, gates)
+    wanted = model(tokens(2))
+    ids.fill_(1)
+    gates.fill_(7.0)
+    assert same_bits(model(tokens(2)), wanted)
+    bank.route(ids, gates)
+    assert not torch.equal(model(tokens(2)), wanted)
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize("use", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_banks_cannot_be_copied(use: Callable[[Any], Any]) -> None:
+    bank = AdapterBank(on_grid(), adapters())
+    with pytest.raises(TypeError, match="an AdapterBank can't be copied"):
+        use(bank)
+
+
+@pytest.mark.parametrize("use", [copy.deepcopy, pickle.dumps])
+def test_models_cannot_be_copied_while_they_have_a_bank(use: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(on_grid(), nn.ReLU())
+    before = state(model)
+    bank = AdapterBank(model[0], adapters())
+    bank.attach_router(model[0].block, Router(COLS, 4))
+    for part in (model, model[0].q, model[0].block):
+        with pytest.raises(TypeError, match=r"a model with an AdapterBank can't be copied or pickled: .* remove\(\)"):
+            use(part)
+    use(model[1])
+    bank.switch(["plain"])  # it still works
+    bank.remove()
+    use(model)
+    assert same_state(copy.deepcopy(model), before) and same_state(pickle.loads(pickle.dumps(model)), before)
+
+
+def test_a_router_alone_keeps_a_module_from_being_copied() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(COLS, ROWS["q"]))
+    bank = AdapterBank(model, {"a": Adapter({"1": adapter(1).layers["q"]})})
+    bank.attach_router("0", Router(COLS, 1, 1))
+    with pytest.raises(TypeError, match="a model with an AdapterBank"):
+        copy.deepcopy(model[0])
+
+
+def test_an_interrupt_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_grid()
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        assert len(hooks(model)) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.block.up, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AdapterBank(model, adapters())
+    assert not hooks(model)
 
 
 def test_repr_and_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -809,6 +906,25 @@ def overlap(model: Net) -> None:
     model.v.weight, model.q.weight = nn.Parameter(buffer[:7]), nn.Parameter(buffer[5:17])
 
 
+def share_data(model: Net) -> None:
+    model.embedding = nn.Embedding(ROWS["v"], COLS)
+    model.v.weight.data = model.embedding.weight.data
+
+
+def share_layers(model: Net) -> None:
+    model.other = nn.Linear(COLS, ROWS["v"], bias=False)
+    model.other.weight.data = model.v.weight.data
+
+
+def share_buffer(model: Net) -> None:
+    model.register_buffer("part", torch.zeros(ROWS["v"], COLS), persistent=False)
+    model.v.weight.data = model.part
+
+
+def share_end(model: Net) -> None:
+    model.register_buffer("part", model.v.weight.data.view(-1)[-1:])
+
+
 OBSTACLES: dict[str, tuple[Callable[[Net], None], str]] = {
     "tied": (tie, "adapter a: layer v can't be adapted: its weight is tied to embedding.weight"),
     "shared": (share, "its weight is tied to other.weight"),
@@ -821,7 +937,11 @@ OBSTACLES: dict[str, tuple[Callable[[Net], None], str]] = {
     "strides": (set_weight(lambda w: w.T.contiguous().T), "has strides"),
     "dtypes": (set_weight(lambda w: w.half()), "layer v has a weight of torch.float16 on cpu; wanted that of q"),
     "absent": (lambda m: delattr(m, "v"), "adapter a: the model has no layer v"),
-    "overlap": (overlap, "overlap in memory"),
+    "overlap": (overlap, "overlap in memory, and can't be adapted: v.weight and q.weight"),
+    "data of an embedding": (share_data, "overlap in memory, and can't be adapted: .*(embedding|v).weight and"),
+    "data of a layer": (share_layers, "overlap in memory, and can't be adapted: .*(v|other).weight and"),
+    "data of a buffer": (share_buffer, "overlap in memory, and can't be adapted: .*(v.weight|part) and"),
+    "data of the end": (share_end, "overlap in memory, and can't be adapted: v.weight and part"),
 }
 
 
@@ -868,6 +988,52 @@ def test_numbers_that_the_dtype_cannot_hold() -> None:
     huge.layers["q"][0][0, 0] = torch.inf
     huge.layers["q"][0][0, 1:] = 1
     AdapterBank(on_grid(torch.float16), {"infinite": huge})
+
+
+def test_memory_side_by_side_is_not_shared() -> None:
+    """Slices of one buffer, beside others of it that no adapter is for."""
+    model = on_grid()
+    buffer = torch.zeros(12 + 7 + 1, COLS)
+    model.q.weight.data, model.v.weight.data = buffer[:12], buffer[12:19]
+    model.register_buffer("part", buffer[19:])
+    model.register_buffer("twice", buffer[19:].view(-1)[3:])  # of others among themselves
+    bank = AdapterBank(model, adapters())
+    bank.switch(["plain"])
+    assert buffer[:12].any() and buffer[12:19].any() and not buffer[19:].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "scaling, message",
+    [
+        # Each fits, but not the ratio: B would become infinite, or 0.
+        ({"q": 1e-30, "v": 1e30}, "layer v: scaling is 1e.30; that of most layers is 1e-30, and float32 does not hold"),
+        ({"q": 1e30, "v": 1e-30}, "layer v: scaling is 1e-30; that of most layers is 1e.30, and float32 does not hold"),
+        # The ratio fits, but not what it is multiplied to.
+        ({"q": 1.0, "v": 2.0**127}, r"layer v: numbers of torch\.float32, times a ratio .* are too large"),
+        (1e39, "layer q: scaling is 1e.39; wanted a number that float32 holds"),
+        (1e-50, "layer q: scaling is 1e-50; wanted a number that float32 holds"),
+        (10**400, "layer q: scaling is 10*; wanted a number that float32 holds"),
+        (float("nan"), "layer q: scaling is nan; wanted a number that float32 holds"),
+        ({"q": 1.0, "v": -1e-50}, "layer v: scaling is -1e-50; wanted a number that float32 holds"),
+    ],
+)
+def test_scalings_that_float32_does_not_hold(scaling: Any, message: str, dtype: torch.dtype) -> None:
+    layers = {path: (torch.ones(1, COLS), torch.full((ROWS[path], 1), 3.0)) for path in ("q", "v")}
+    with pytest.raises(ValueError, match=message):
+        AdapterBank(on_grid(dtype), {"far": Adapter(layers, scaling)})
+
+
+def test_scalings_of_zero() -> None:
+    model = on_grid()
+    before = state(model)
+    bank = AdapterBank(
+        model, {"none": adapter(1, scaling=0), "some": adapter(2, scaling={"q": 0, "v": 1, "block.up": 0})}
+    )
+    bank.switch(["none"])
+    assert same_state(model, before)
+    bank.switch(["some"])
+    assert [name for name, t in model.state_dict().items() if not same_bits(t, before[name])] == ["v.weight"]
 
 
 def test_no_adapters() -> None:
@@ -994,6 +1160,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+LONG = "x" * 100_000
+PATTERN_LENGTHS = {"a" * (MAX_PATTERN + 1): 1}
+DAMAGE |= {
+    "long method": (configure(peft_type=LONG), "peft_type is 'xxx"),
+    "long bias": (configure(bias=LONG), "bias is 'xxx"),
+    "long init": (configure(init_lora_weights="pissa" + LONG), "init_lora_weights is 'pissaxxx"),
+    "long option": (configure(**{LONG: LONG}), "xxx.* is 'xxx.*, which is not supported"),
+    "long rank": (configure(r=LONG), "r is 'xxx"),
+    "long number": (configure(r=-(10**4000)), "r is -1000"),
+    "large rank": (configure(r=10**4000), "layer q has rank 2; wanted 1000"),
+    "long alpha": (configure(lora_alpha=LONG), "lora_alpha is 'xxx"),
+    "long name": (store(**{LONG: torch.ones(1)}), "the tensor base_model.model.xxx.* has a name of 100017 characters"),
+    "long file": (text(b" " * (2**20 - 1) + b"{}"), "adapter_config.json has more than 1048576 bytes"),
+    "long pattern": (configure(alpha_pattern=PATTERN_LENGTHS), "a pattern of 513 characters; wanted at most 512"),
+    "many patterns": (
+        configure(rank_pattern={f"a{i}": 1 for i in range(4097)}),
+        "rank_pattern has 4097 patterns; wanted at most 4096",
+    ),
+    "many layouts": (
+        configure(rank_pattern={"a" * i + "." + "a" * (300 - i): 1 for i in range(257)}),
+        "rank_pattern has dots in more than 256 ways",
+    ),
+}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_files(damage: str, tmp_path: Path) -> None:
     write(tmp_path)
@@ -1001,8 +1192,9 @@ def test_damaged_files(damage: str, tmp_path: Path) -> None:
     change(tmp_path)
     model = on_grid()
     before = state(model)
-    with pytest.raises(ValueError, match=f"adapter hostile: .*{message}"):
+    with pytest.raises(ValueError, match=f"adapter hostile: .*{message}") as raised:
         AdapterBank(model, {"good": adapter(1), "hostile": tmp_path})
+    assert len(str(raised.value)) < 400
     assert same_state(model, before) and not hooks(model)
 
 
@@ -1013,6 +1205,40 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     tmp_path.joinpath("adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="pickle"):
         Adapter.from_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["endless", "waiting", "folder"])
+def test_files_that_are_not_regular(name: str, kind: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / name
+    file.unlink()
+    if kind == "endless":
+        file.symlink_to("/dev/zero")
+    elif kind == "waiting":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        Adapter.from_folder(tmp_path)
+
+
+def test_files_may_be_links(tmp_path: Path) -> None:
+    """As the Hugging Face hub's cache has them."""
+    write(tmp_path)
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for file in list(tmp_path.glob("adapter_*")):
+        (folder / file.name).symlink_to(file)
+    assert set(Adapter.from_folder(folder).layers) == {"q", "v"}
+
+
+def test_a_configuration_of_the_largest_size(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_bytes(file.read_bytes().ljust(2**20))
+    assert set(Adapter.from_folder(tmp_path).layers) == {"q", "v"}
 
 
 def test_undamaged_files(tmp_path: Path) -> None:
@@ -1027,20 +1253,43 @@ def test_undamaged_files(tmp_path: Path) -> None:
     assert set(Adapter.from_folder(tmp_path).layers) == {"q", "v"}  # as get_peft_model_state_dict names them
 
 
+GIVEN = ["q", "self.q", "self_q", "xq", "q.x", "a.self.q", "self.q.self_q", "", "a.", ".q"]
+
+
 @pytest.mark.parametrize(
-    "pattern, paths",
+    "patterns, paths",
     [
-        ("q", {"q", "self.q"}),
-        ("^q", {"q"}),
-        (r"self\.q$", {"self.q"}),
-        ("self.q", {"self.q", "self_q"}),
-        ("elf.q", set()),
+        (["q"], {"q", "self.q", "a.self.q", ".q"}),
+        (["^q"], {"q"}),
+        ([r"self\.q$"], {"self.q", "a.self.q"}),
+        (["self.q"], {"self.q", "self_q", "a.self.q", "self.q.self_q"}),
+        (["^self.q"], {"self.q", "self_q"}),
+        (["elf.q"], set()),
+        ([""], {"", "a."}),
+        (["."], {"q", "self.q", "q.x", "a.self.q", ".q"}),
+        ([".."], {"xq", ".q", "a."}),
+        (["self_q", "self.q", "q"], {"q", "self.q", "self_q", "a.self.q", "self.q.self_q", ".q"}),
+        (["q", "self.q"], {"q", "self.q", "self_q", "a.self.q", "self.q.self_q", ".q"}),
+        (["x.q", "^q.x$", r"a\.self.q"], {"q.x", "a.self.q"}),
     ],
 )
-def test_patterns_match_as_in_peft(pattern: str, paths: set[str]) -> None:
-    from effk.lora.adapters import _Pattern
+def test_patterns_match_as_in_peft(patterns: list[str], paths: set[str]) -> None:
+    """The first that fits counts."""
     from peft.utils.other import get_pattern_key
 
-    given = ["q", "self.q", "self_q", "xq", "q.x"]
-    ours = {path for path in given if _Pattern("rank_pattern", pattern).matches(path)}
-    assert ours == {path for path in given if get_pattern_key([pattern], path) == pattern or path == pattern} == paths
+    ours = _Patterns("rank_pattern", {p: p for p in patterns}, lambda _, value: value)
+    found = {path: ours.get(path, "none") for path in GIVEN}
+    assert {path for path, pattern in found.items() if pattern != "none"} == paths
+    for path, pattern in found.items():
+        if pattern != "none":
+            assert get_pattern_key(patterns, path) == pattern
+        else:
+            assert get_pattern_key(patterns, path) == path  # its answer where none fits
+
+
+def test_many_patterns_are_looked_up_not_tried() -> None:
+    """A path looks into one table for each of its ends that has the length of a pattern, however many those are."""
+    patterns = _Patterns("rank_pattern", {f"layers.{i}.q": i for i in range(1000, 5000)}, lambda _, value: value)
+    tables = [table for tables in patterns.tables.values() for table in tables.values()]
+    assert len(tables) == 1 and len(tables[0]) == 4000
+    assert [patterns.get(f"model.layers.{i}.q", -1) for i in (1000, 4999, 5000, 99)] == [1000, 4999, -1, -1]

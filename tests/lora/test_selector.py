@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,38 @@ def test_no_points() -> None:
             Selector(switch, apply)
 
 
+@pytest.mark.parametrize("value", [-1, float("nan"), "1"])
+def test_amounts_that_cannot_be(value: Any) -> None:
+    for name in ("tokens", "steps"):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; wanted a number that is not negative"):
+            selector().choose(**({"tokens": 1, "steps": 1, "ranks": [8]} | {name: value}))
+
+
 # ---- calibration
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"runs": 0}, "runs is 0; wanted a positive integer"),
+        ({"runs": -3}, "runs is -3"),
+        ({"runs": 2.0}, "runs is 2.0"),
+        ({"seconds": -1}, "seconds is -1; wanted a number that is not negative"),
+        ({"tokens": ()}, r"tokens is \(\); wanted positive integers"),
+        ({"tokens": (1, 0)}, r"tokens is \(1, 0\)"),
+        ({"tokens": (1.5,)}, r"tokens is \(1.5,\)"),
+    ],
+)
+def test_calibrations_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
+    _, bank = make_bank()
+    with pytest.raises(ValueError, match=message):
+        Selector.calibrate(bank, **wrong)
+
+
+def test_one_run_is_enough() -> None:
+    _, bank = make_bank()
+    ticks = ticking()
+    assert Selector.calibrate(bank, tokens=(1,), runs=1, clock=lambda: next(ticks)).switch[0] == (0, 2.0)
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
