@@ -655,10 +655,8 @@ def lora_merge_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_merge_"
-    reference.check_list(op, "ids", ids, "gates", gates)
-    reference.check_merge(op, w, a, b, ids, base, ranks)
-    merged(op, w, a, b, ids, gates, base, ranks, scale)
+    reference.check_merge("lora_merge_", w, a, b, {"": (ids, gates)}, base, ranks)
+    merged("lora_merge_", w, a, b, ids, gates, base, ranks, scale)
 
 
 def lora_unmerge_(
@@ -672,11 +670,8 @@ def lora_unmerge_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_unmerge_"
-    reference.check_list(op, "ids", ids, "gates", gates)
-    reference.check_merge(op, w, a, b, ids, base, ranks)
-    none = slice(0, 0 if base is not None else None)  # the base is what is left
-    merged(op, w, a, b, ids[none], -gates[none], base, ranks, scale)
+    reference.check_merge("lora_unmerge_", w, a, b, {"": (ids, gates)}, base, ranks)
+    merged("lora_unmerge_", w, a, b, *reference.added(base, (ids, gates), (ids[:0], gates[:0])), base, ranks, scale)
 
 
 def lora_switch_(
@@ -692,15 +687,9 @@ def lora_switch_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_switch_"
-    reference.check_list(op, "old_ids", old_ids, "old_gates", old_gates)
-    reference.check_list(op, "new_ids", new_ids, "new_gates", new_gates)
-    reference.check_tensor(op, "new_ids", new_ids, reference.INDICES, None, old_ids)
-    reference.check_merge(op, w, a, b, old_ids, base, ranks)
-    ids, gates = new_ids, new_gates
-    if base is None:
-        ids, gates = torch.cat([old_ids.long(), new_ids.long()]), torch.cat([-old_gates, new_gates])
-    merged(op, w, a, b, ids, gates, base, ranks, scale)
+    lists = {"old_": (old_ids, old_gates), "new_": (new_ids, new_gates)}
+    reference.check_merge("lora_switch_", w, a, b, lists, base, ranks)
+    merged("lora_switch_", w, a, b, *reference.added(base, *lists.values()), base, ranks, scale)
 
 
 def lora_apply(

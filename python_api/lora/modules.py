@@ -319,13 +319,10 @@ class AdapterBank:
         check_amount("tokens", tokens)
         ids, gates = self._pairs(ids, gates)
         if self._mode != "token" and ids.numel() == ids.shape[-1]:  # one set for all
-            if self._mode == "merged":
-                self._switch(ids.reshape(-1), gates.reshape(-1))
-                return
-            if self._merge_is_cheaper(ids.reshape(-1), gates.reshape(-1), steps, tokens):
-                self._switch(ids.reshape(-1), gates.reshape(-1))
-                return
             ids, gates = ids.reshape(-1), gates.reshape(-1)
+            if self._mode == "merged" or self._merge_is_cheaper(ids, gates, steps, tokens):
+                self._switch(ids, gates)
+                return
         if self._merged is not None:
             self._restore()
         # Copies, as the caller may write into his.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,34 +14,23 @@ from . import reference
 TRITON = "effk.kernels.lora.triton"
 
 
-def _fake_merge_(
-    w: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    ids: Tensor,
-    gates: Tensor,
-    base: Sequence[Tensor] | None = None,
-    ranks: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-) -> None:
-    reference.check_list("lora_merge_", "ids", ids, "gates", gates)
-    reference.check_merge("lora_merge_", w, a, b, ids, base, ranks)
+def _fake_of(op: str) -> Callable[..., None]:
+    """Of lora_merge_ and lora_unmerge_."""
 
+    def fake(
+        w: Sequence[Tensor],
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        ids: Tensor,
+        gates: Tensor,
+        base: Sequence[Tensor] | None = None,
+        ranks: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> None:
+        reference.check_merge(op, w, a, b, {"": (ids, gates)}, base, ranks)
 
-def _fake_unmerge_(
-    w: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    ids: Tensor,
-    gates: Tensor,
-    base: Sequence[Tensor] | None = None,
-    ranks: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-) -> None:
-    reference.check_list("lora_unmerge_", "ids", ids, "gates", gates)
-    reference.check_merge("lora_unmerge_", w, a, b, ids, base, ranks)
+    return fake
 
 
 def _fake_switch_(
@@ -57,11 +46,8 @@ def _fake_switch_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_switch_"
-    reference.check_list(op, "old_ids", old_ids, "old_gates", old_gates)
-    reference.check_list(op, "new_ids", new_ids, "new_gates", new_gates)
-    reference.check_tensor(op, "new_ids", new_ids, reference.INDICES, None, old_ids)
-    reference.check_merge(op, w, a, b, old_ids, base, ranks)
+    lists = {"old_": (old_ids, old_gates), "new_": (new_ids, new_gates)}
+    reference.check_merge("lora_switch_", w, a, b, lists, base, ranks)
 
 
 def _fake_apply(
@@ -131,7 +117,7 @@ def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, grad_a, grad_b, None, grad_gates, grad_y, None)[: ctx.num_inputs]
 
 
-@op(reference=reference.lora_merge_, fake=_fake_merge_, triton=f"{TRITON}:lora_merge_")
+@op(reference=reference.lora_merge_, fake=_fake_of("lora_merge_"), triton=f"{TRITON}:lora_merge_")
 def lora_merge_(
     w: Sequence[Tensor],
     a: Sequence[Tensor],
@@ -174,7 +160,7 @@ def lora_merge_(
     torch.ops.effk.lora_merge_(w, a, b, ids, gates, base, ranks, scale=scale)
 
 
-@op(reference=reference.lora_unmerge_, fake=_fake_unmerge_, triton=f"{TRITON}:lora_unmerge_")
+@op(reference=reference.lora_unmerge_, fake=_fake_of("lora_unmerge_"), triton=f"{TRITON}:lora_unmerge_")
 def lora_unmerge_(
     w: Sequence[Tensor],
     a: Sequence[Tensor],

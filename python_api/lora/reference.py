@@ -13,6 +13,9 @@ MAX_PAIRS = 1024  # of an adapter's number and its gate, in one list
 MAX_SIDE = 2**30  # bounds what the sizes of a tensor can multiply to
 INDICES = (torch.int32, torch.int64)
 
+# ids and gates of a merge by the prefix of their names: "" alone, or "old_" and "new_".
+Lists = dict[str, tuple[Tensor, Tensor]]
+
 # --- Checks that need no look at the contents ------------------------------------------------------------------------
 
 
@@ -24,11 +27,6 @@ def check_pairs(op: str, ids_name: str, ids: Tensor, gates_name: str, gates: Ten
         lambda: f"effk::{op}: {ids_name} has shape {list(ids.shape)}; wanted at most {MAX_PAIRS} pairs",
     )
     check_tensor(op, gates_name, gates, (torch.float32,), tuple(ids.shape), ids)
-
-
-def check_list(op: str, ids_name: str, ids: Tensor, gates_name: str, gates: Tensor) -> None:
-    check_tensor(op, ids_name, ids, INDICES, (None,))
-    check_pairs(op, ids_name, ids, gates_name, gates)
 
 
 def check_adapters(op: str, a_name: str, a: Tensor, b_name: str, b: Tensor, like: Tensor, rows: int, cols: int) -> None:
@@ -66,11 +64,15 @@ def check_merge(
     w: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
-    ids: Tensor,
+    lists: Lists,
     base: Sequence[Tensor] | None,
     ranks: Tensor | None,
 ) -> None:
-    """All but the lists of pairs."""
+    first = next(iter(lists.values()))[0]
+    for prefix, (ids, gates) in lists.items():
+        check_tensor(op, f"{prefix}ids", ids, INDICES, (None,))
+        check_pairs(op, f"{prefix}ids", ids, f"{prefix}gates", gates)
+        check_tensor(op, f"{prefix}ids", ids, INDICES, None, first)
     for name, tensors in (("a", a), ("b", b), *([] if base is None else [("base", base)])):
         torch._check(
             len(tensors) == len(w),
@@ -78,7 +80,7 @@ def check_merge(
         )
     for i, tensor in enumerate(w):
         check_weight(op, f"w[{i}]", tensor)
-        check_tensor(op, f"w[{i}]", tensor, (w[0].dtype,), None, ids)
+        check_tensor(op, f"w[{i}]", tensor, (w[0].dtype,), None, first)
         check_adapters(op, f"a[{i}]", a[i], f"b[{i}]", b[i], tensor, *tensor.shape)
         torch._check(
             a[i].shape[0] == a[0].shape[0],
@@ -88,7 +90,7 @@ def check_merge(
             check_weight(op, f"base[{i}]", base[i])
             check_tensor(op, f"base[{i}]", base[i], (tensor.dtype,), tuple(tensor.shape), tensor)
     if len(w) > 0:
-        check_ranks(op, ranks, a[0].shape[0], ids)
+        check_ranks(op, ranks, a[0].shape[0], first)
 
 
 def check_apply(
@@ -141,6 +143,34 @@ def check_ids(op: str, name: str, ids: Tensor, adapters: int) -> None:
     wrong = (ids < -1) | (ids >= adapters)
     if bool(wrong.any()):
         raise RuntimeError(f"effk::{op}: {name} holds {int(ids[wrong][0])}; wanted -1 to {adapters - 1}")
+
+
+def check_contents(
+    op: str,
+    w: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    lists: Lists,
+    base: Sequence[Tensor] | None,
+    ranks: Tensor | None,
+) -> None:
+    """Of the lists, and where all tensors are."""
+    named = {
+        f"{prefix}{name}": t for prefix, pair in lists.items() for name, t in zip(("ids", "gates"), pair, strict=True)
+    }
+    check_disjoint(op, w, {"a": a, "b": b, "base": base, **named, "ranks": ranks})
+    if len(w) > 0:
+        for prefix, (ids, _) in lists.items():
+            check_ids(op, f"{prefix}ids", ids, a[0].shape[0])
+
+
+def added(
+    base: Sequence[Tensor] | None, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The pairs that make new ones of old ones: added to the base, which has none, or to w, which has the old ones."""
+    if base is not None:
+        return new
+    return torch.cat([old[0].long(), new[0].long()]), torch.cat([-old[1], new[1]])
 
 
 def used_ranks(op: str, ranks: Tensor | None, adapters: int, rank: int) -> list[int]:
@@ -207,13 +237,10 @@ def lora_merge_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_merge_"
-    check_list(op, "ids", ids, "gates", gates)
-    check_merge(op, w, a, b, ids, base, ranks)
-    check_disjoint(op, w, {"a": a, "b": b, "base": base, "ids": ids, "gates": gates, "ranks": ranks})
-    if len(w) > 0:
-        check_ids(op, "ids", ids, a[0].shape[0])
-    merge(op, w, a, b, ids, gates, base, ranks, scale)
+    lists = {"": (ids, gates)}
+    check_merge("lora_merge_", w, a, b, lists, base, ranks)
+    check_contents("lora_merge_", w, a, b, lists, base, ranks)
+    merge("lora_merge_", w, a, b, ids, gates, base, ranks, scale)
 
 
 def lora_unmerge_(
@@ -227,14 +254,10 @@ def lora_unmerge_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_unmerge_"
-    check_list(op, "ids", ids, "gates", gates)
-    check_merge(op, w, a, b, ids, base, ranks)
-    check_disjoint(op, w, {"a": a, "b": b, "base": base, "ids": ids, "gates": gates, "ranks": ranks})
-    if len(w) > 0:
-        check_ids(op, "ids", ids, a[0].shape[0])
-    none = slice(0, 0 if base is not None else None)  # the base is what is left
-    merge(op, w, a, b, ids[none], -gates[none], base, ranks, scale)
+    lists = {"": (ids, gates)}
+    check_merge("lora_unmerge_", w, a, b, lists, base, ranks)
+    check_contents("lora_unmerge_", w, a, b, lists, base, ranks)
+    merge("lora_unmerge_", w, a, b, *added(base, (ids, gates), (ids[:0], gates[:0])), base, ranks, scale)
 
 
 def lora_switch_(
@@ -250,20 +273,10 @@ def lora_switch_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_switch_"
-    check_list(op, "old_ids", old_ids, "old_gates", old_gates)
-    check_list(op, "new_ids", new_ids, "new_gates", new_gates)
-    check_tensor(op, "new_ids", new_ids, INDICES, None, old_ids)
-    check_merge(op, w, a, b, old_ids, base, ranks)
-    lists = {"old_ids": old_ids, "old_gates": old_gates, "new_ids": new_ids, "new_gates": new_gates}
-    check_disjoint(op, w, {"a": a, "b": b, "base": base, **lists, "ranks": ranks})
-    if len(w) > 0:
-        check_ids(op, "old_ids", old_ids, a[0].shape[0])
-        check_ids(op, "new_ids", new_ids, a[0].shape[0])
-    ids, gates = new_ids, new_gates
-    if base is None:
-        ids, gates = torch.cat([old_ids, new_ids]), torch.cat([-old_gates, new_gates])
-    merge(op, w, a, b, ids, gates, base, ranks, scale)
+    lists = {"old_": (old_ids, old_gates), "new_": (new_ids, new_gates)}
+    check_merge("lora_switch_", w, a, b, lists, base, ranks)
+    check_contents("lora_switch_", w, a, b, lists, base, ranks)
+    merge("lora_switch_", w, a, b, *added(base, *lists.values()), base, ranks, scale)
 
 
 def lora_apply(

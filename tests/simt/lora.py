@@ -23,6 +23,19 @@ def _indices(device: Device, name: str, t: Tensor | None) -> tuple[int, bool]:
     return (0, False) if t is None else (device.input(name, t.contiguous()), t.dtype == torch.int64)
 
 
+def _check(
+    op: str,
+    w: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    lists: reference.Lists,
+    base: Sequence[Tensor] | None,
+    ranks: Tensor | None,
+) -> None:
+    reference.check_merge(op, w, a, b, lists, base, ranks)
+    reference.check_disjoint(op, w, {"a": a, "b": b, "base": base})
+
+
 def _merge(
     w: Sequence[Tensor],
     a: Sequence[Tensor],
@@ -69,10 +82,7 @@ def lora_merge_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_merge_"
-    reference.check_list(op, "ids", ids, "gates", gates)
-    reference.check_merge(op, w, a, b, ids, base, ranks)
-    reference.check_disjoint(op, w, {"a": a, "b": b, "base": base})
+    _check("lora_merge_", w, a, b, {"": (ids, gates)}, base, ranks)
     _merge(w, a, b, [("", ids, gates, 1)], base, ranks, scale)
 
 
@@ -87,10 +97,7 @@ def lora_unmerge_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_unmerge_"
-    reference.check_list(op, "ids", ids, "gates", gates)
-    reference.check_merge(op, w, a, b, ids, base, ranks)
-    reference.check_disjoint(op, w, {"a": a, "b": b, "base": base})
+    _check("lora_unmerge_", w, a, b, {"": (ids, gates)}, base, ranks)
     _merge(w, a, b, [("", ids, gates, -1)] if base is None else [], base, ranks, scale)
 
 
@@ -107,12 +114,7 @@ def lora_switch_(
     *,
     scale: float = 1.0,
 ) -> None:
-    op = "lora_switch_"
-    reference.check_list(op, "old_ids", old_ids, "old_gates", old_gates)
-    reference.check_list(op, "new_ids", new_ids, "new_gates", new_gates)
-    reference.check_tensor(op, "new_ids", new_ids, reference.INDICES, None, old_ids)
-    reference.check_merge(op, w, a, b, old_ids, base, ranks)
-    reference.check_disjoint(op, w, {"a": a, "b": b, "base": base})
+    _check("lora_switch_", w, a, b, {"old_": (old_ids, old_gates), "new_": (new_ids, new_gates)}, base, ranks)
     old: list[Pairs] = [("old_", old_ids, old_gates, -1)] if base is None else []
     _merge(w, a, b, [*old, ("new_", new_ids, new_gates, 1)], base, ranks, scale)
 
