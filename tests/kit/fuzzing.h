@@ -5,10 +5,14 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <random>
+#include <string>
+
+#include "../../kernels/common/cpu_level.h"
 
 namespace effk::fuzz {
 
@@ -19,6 +23,30 @@ inline int64_t below(Random& random, int64_t n) { return static_cast<int64_t>(ra
 template <class T, size_t N>
 T pick(Random& random, const T (&options)[N]) {
   return options[below(random, N)];
+}
+
+// A fuzzer's command line: LEVEL CASES SEED. Where it is wrong, the process ends.
+template <class Cpu>
+struct Arguments {
+  const Cpu* cpu = nullptr;
+  int64_t cases = 0;
+  Random random;
+};
+
+template <class Cpu>
+Arguments<Cpu> arguments(int argc, char** argv, const Cpu* const (&levels)[3]) {
+  if (argc != 4) {
+    std::fprintf(stderr, "usage: %s LEVEL CASES SEED\n", argv[0]);
+    std::exit(2);
+  }
+  Arguments<Cpu> found{nullptr, std::strtoll(argv[2], nullptr, 10), Random(std::strtoull(argv[3], nullptr, 10))};
+  for (int i = 0; i <= static_cast<int>(supported_cpu_level()); ++i)
+    if (std::string(argv[1]) == cpu_level_name(static_cast<CpuLevel>(i))) found.cpu = levels[i];
+  if (!found.cpu) {
+    std::fprintf(stderr, "this machine has no level %s\n", argv[1]);
+    std::exit(2);
+  }
+  return found;
 }
 
 // Memory of exactly `size` bytes, on the heap or right before an unmapped page.

@@ -320,20 +320,7 @@ int64_t run_apply(const Case& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: fuzz_lora LEVEL CASES SEED\n");
-    return 2;
-  }
-  const Cpu* const tables[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  const Cpu* cpu = nullptr;
-  for (int i = 0; i <= static_cast<int>(effk::supported_cpu_level()); ++i)
-    if (std::string(argv[1]) == effk::cpu_level_name(static_cast<effk::CpuLevel>(i))) cpu = tables[i];
-  if (!cpu) {
-    std::fprintf(stderr, "this machine has no level %s\n", argv[1]);
-    return 2;
-  }
-  Random random(std::strtoull(argv[3], nullptr, 10));
-  const int64_t cases = std::strtoll(argv[2], nullptr, 10);
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   int64_t merged = 0, applied = 0, of_tame = 0;
   for (int64_t i = 0; i < cases; ++i) {
     Case c{random,

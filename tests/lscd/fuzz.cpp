@@ -212,20 +212,7 @@ void run_pack(Random& random, const Cpu& cpu, const Shape& shape, Type type, boo
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: fuzz_lscd LEVEL CASES SEED\n");
-    return 2;
-  }
-  const Cpu* const tables[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  const Cpu* cpu = nullptr;
-  for (int i = 0; i <= static_cast<int>(effk::supported_cpu_level()); ++i)
-    if (std::string(argv[1]) == effk::cpu_level_name(static_cast<effk::CpuLevel>(i))) cpu = tables[i];
-  if (!cpu) {
-    std::fprintf(stderr, "this machine has no level %s\n", argv[1]);
-    return 2;
-  }
-  Random random(std::strtoull(argv[3], nullptr, 10));
-  const int64_t cases = std::strtoll(argv[2], nullptr, 10);
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   int64_t valid_cases = 0, corrupt_cases = 0, refused = 0;
   while (valid_cases + corrupt_cases < cases) {
     const bool guarded = random() & 1;

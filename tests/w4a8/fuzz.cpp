@@ -310,24 +310,11 @@ void run_salience(Random& random, const Cpu& cpu, const Shape& s, bool tame, boo
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: fuzz_w4a8 LEVEL CASES SEED\n");
-    return 2;
-  }
-  const Cpu* const tables[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  const Cpu* cpu = nullptr;
-  for (int i = 0; i <= static_cast<int>(effk::supported_cpu_level()); ++i)
-    if (std::string(argv[1]) == effk::cpu_level_name(static_cast<effk::CpuLevel>(i))) cpu = tables[i];
-  if (!cpu) {
-    std::fprintf(stderr, "this machine has no level %s\n", argv[1]);
-    return 2;
-  }
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   constexpr int64_t kRows[] = {0, 1, 2, 15, 16, 17, 31, 33, 50, 70},
                     kCols[] = {0,  1,  3,  4,  5,   7,   8,   9,   12,  31,  32, 33,
                                60, 63, 64, 65, 100, 127, 128, 129, 200, 257, 300},
                     kGroups[] = {32, 64, 128, 256};
-  Random random(std::strtoull(argv[3], nullptr, 10));
-  const int64_t cases = std::strtoll(argv[2], nullptr, 10);
   int64_t mixed = 0, of_tame = 0;
   for (int64_t i = 0; i < cases; ++i) {
     // Now and then large, since kernels take blocks and groups several at a time.
