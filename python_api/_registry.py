@@ -105,7 +105,7 @@ def _register(op: Op) -> None:
 
 
 def _counting_versions(op: Op) -> Callable[..., Any]:
-    """So that autograd notices that what it saved was overwritten. As torch.library.custom_op does it."""
+    """So that autograd notices that what it saved was overwritten."""
 
     def call(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
