@@ -1,6 +1,7 @@
 // lora: schemas and the CPU side.
 #include "../../kernels/common/cpu.h"
 #include "../../kernels/common/cpu_level.h"
+#include "../common/integers.h"
 #include "../common/parallel.h"
 #include "args.h"
 
@@ -11,23 +12,6 @@ const Cpu& cpu() {
   static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
   return *kLevels[static_cast<int>(cpu_level())];
 }
-
-// Integers of a contiguous int32 or int64 tensor.
-class Integers {
- public:
-  explicit Integers(const Tensor& t)
-      : tensor_(torch::stable::contiguous(t)),
-        data_(tensor_.const_data_ptr()),
-        wide_(t.scalar_type() == ScalarType::Long) {}
-  int64_t operator[](int64_t i) const {
-    return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
-  }
-
- private:
-  Tensor tensor_;
-  const void* data_;
-  bool wide_;
-};
 
 // How much of the rank each adapter uses.
 class Ranks {

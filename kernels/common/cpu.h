@@ -49,6 +49,14 @@ inline void with_float(Type t, const F& f) {
   });
 }
 
+// Calls f(integral constant n) for n from 1 to kMost.
+template <int kMost, class F>
+inline void with_count(int64_t n, const F& f) {
+  if constexpr (kMost > 1)
+    if (n < kMost) return with_count<kMost - 1>(n, f);
+  f(std::integral_constant<int, kMost>());
+}
+
 // Memory for n Ts, aligned to a cache line. Throws std::bad_alloc.
 template <class T>
 class Buffer {

@@ -1,50 +1,10 @@
 // lora with AVX-512. Products of bfloat16 numbers are made two at a time by vdpbf16ps.
-#include "../common/avx512.h"
+#include "../common/vector_avx512.h"
 
 namespace effk::lora {
 namespace {
 
-using V = __m512;
-constexpr int kWidth = 16, kVectors = 4;
-
-inline V zero() { return _mm512_setzero_ps(); }
-inline V splat(float f) { return _mm512_set1_ps(f); }
-inline V fma(V x, V y, V z) { return _mm512_fmadd_ps(x, y, z); }
-inline float sum(V v) { return _mm512_reduce_add_ps(v); }
-
-template <class T>
-inline V load(const T* p) {
-  return load_floats(p, 0xffff);
-}
-template <class T>
-inline V load(const T* p, int64_t n) {
-  return load_floats(p, static_cast<__mmask16>((1u << n) - 1));
-}
-template <class T>
-inline void store(T* p, V v) {
-  store_floats(p, v);
-}
-template <class T>
-inline void store(T* p, V v, int64_t n) {
-  store_floats(p, static_cast<__mmask16>((1u << n) - 1), v);
-}
-
-template <class T>
-constexpr int kOperand = kWidth;
-template <>
-constexpr int kOperand<BFloat16> = 32;
-template <class T>
-inline V operand(const T* p) {
-  return load(p);
-}
-template <class T>
-inline V operand(const T* p, int64_t n) {
-  return load(p, n);
-}
-inline __m512bh operand(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline __m512bh operand(const BFloat16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
-inline V dot(V x, V y, V z) { return fma(x, y, z); }
-inline V dot(__m512bh x, __m512bh y, V z) { return _mm512_dpbf16_ps(z, x, y); }
+constexpr int kVectors = 4;
 
 inline __m512i two(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 inline __m512i round_two(V low, V high, const Half*) {
@@ -72,29 +32,6 @@ inline void store_row(T* p, const V (&v)[kVectors], bool stream) {
   for (int j = 0; j < kVectors; j += 2, p += 2 * kWidth) {
     const __m512i both = round_two(v[j], v[j + 1], p);
     stream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both) : _mm512_storeu_si512(p, both);
-  }
-}
-
-inline void transpose(V (&rows)[kWidth]) {
-  V pairs[16], quads[16], halves[16];
-  for (int i = 0; i < 8; ++i) {
-    pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-    pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-  }
-  // quads[4 * i + c]: of rows 4i to 4i + 3, columns c, c + 4, c + 8 and c + 12, four numbers each.
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 2; ++j) {
-      quads[4 * i + 2 * j] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
-      quads[4 * i + 2 * j + 1] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xee);
-    }
-  for (int i = 0; i < 2; ++i)
-    for (int c = 0; c < 4; ++c) {
-      halves[8 * i + c] = _mm512_shuffle_f32x4(quads[8 * i + c], quads[8 * i + 4 + c], 0x88);      // c, c + 8
-      halves[8 * i + 4 + c] = _mm512_shuffle_f32x4(quads[8 * i + c], quads[8 * i + 4 + c], 0xdd);  // c + 4, c + 12
-    }
-  for (int c = 0; c < 8; ++c) {
-    rows[c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0x88);
-    rows[8 + c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0xdd);
   }
 }
 

@@ -1,8 +1,6 @@
-// lora's kernels for vectors of floats of any width. A level that includes this defines before, in effk::lora's
-// anonymous namespace: V, a vector of kWidth floats; zero(), splat(f), fma(x, y, z) = x * y + z, sum(v); load(p) and
-// store(p, v) of kWidth elements of any type; load(p, n) and store(p, v, n) of n < kWidth, the others being 0 and left
-// alone; store_row(p, v, stream) of kVectors vectors; transpose(V (&)[kWidth]); kOperand<T>, operand(p), operand(p, n)
-// and dot(x, y, z): as many elements of T as an instruction multiplies, and the sum of z and their products by lanes.
+// lora's kernels for vectors of floats of any width. A level that includes this has the vectors of
+// kernels/common/vector_<level>.h, and defines before, in effk::lora's anonymous namespace: kVectors, how many a tile
+// is wide; store_row(p, v, stream) of so many.
 #pragma once
 
 #include "cpu_common.h"
@@ -14,26 +12,6 @@ constexpr int kTile = kVectors * kWidth;         // columns of a tile, and outpu
 constexpr int kTileRows = kWidth == 16 ? 4 : 2;  // rows, or tokens, of a tile: what the registers hold the sums of
 constexpr int64_t kAhead = 2048;                 // bytes of a that are asked for early
 constexpr int64_t kPanelBytes = 64 << 10;        // that stay in the second cache while rows pass by
-
-// Calls f(integral constant n) for n from 1 to kMost.
-template <int kMost, class F>
-inline void with_count(int64_t n, const F& f) {
-  if constexpr (kMost > 1)
-    if (n < kMost) return with_count<kMost - 1>(n, f);
-  f(std::integral_constant<int, kMost>());
-}
-
-template <class T>
-inline V load_upto(const T* p, int64_t n) {
-  return n >= kWidth ? load(p) : n > 0 ? load(p, n) : zero();
-}
-template <class T>
-inline void store_upto(T* p, V v, int64_t n) {
-  if (n >= kWidth)
-    store(p, v);
-  else if (n > 0)
-    store(p, v, n);
-}
 
 inline int64_t total_rank(const Merge& m, const Layer& layer) {
   int64_t total = 0;
@@ -73,7 +51,7 @@ struct Tile {
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
         const T* from = base + i * base_stride + j * kWidth;
-        sums[i][j] = cols >= kTile ? lora::load(from) : load_upto(from, cols - j * kWidth);
+        sums[i][j] = cols >= kTile ? effk::load(from) : load_upto(from, cols - j * kWidth);
       }
   }
   void store(const V (&sums)[MR][kVectors], bool stream) const {

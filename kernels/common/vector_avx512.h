@@ -1,0 +1,100 @@
+// AVX-512, where products of bfloat16 numbers are made two at a time by vdpbf16ps.
+// Vectors of floats as kernels for any width of them use: V, of kWidth floats; zero(), splat(f), fma(x, y, z) = x * y +
+// z, sum(v); load(p) and store(p, v) of kWidth elements of any type; load(p, n) and store(p, v, n) of n < kWidth, the
+// others being 0 and left alone; load_upto() and store_upto() of any n; transpose(V (&)[kWidth]); kOperand<T>,
+// operand(p), operand(p, n) and dot(x, y, z): as many elements of T as an instruction multiplies, and the sum of z and
+// their products by lanes; store_sums(p, V (&)[4]): the sums of four vectors.
+#pragma once
+
+#include "avx512.h"
+
+namespace effk {
+namespace {
+
+using V = __m512;
+constexpr int kWidth = 16;
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V splat(float f) { return _mm512_set1_ps(f); }
+inline V fma(V x, V y, V z) { return _mm512_fmadd_ps(x, y, z); }
+inline float sum(V v) { return _mm512_reduce_add_ps(v); }
+
+template <class T>
+inline V load(const T* p) {
+  return load_floats(p, 0xffff);
+}
+template <class T>
+inline V load(const T* p, int64_t n) {
+  return load_floats(p, static_cast<__mmask16>((1u << n) - 1));
+}
+template <class T>
+inline void store(T* p, V v) {
+  store_floats(p, v);
+}
+template <class T>
+inline void store(T* p, V v, int64_t n) {
+  store_floats(p, static_cast<__mmask16>((1u << n) - 1), v);
+}
+
+template <class T>
+constexpr int kOperand = kWidth;
+template <>
+constexpr int kOperand<BFloat16> = 32;
+template <class T>
+inline V operand(const T* p) {
+  return load(p);
+}
+template <class T>
+inline V operand(const T* p, int64_t n) {
+  return load(p, n);
+}
+inline __m512bh operand(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh operand(const BFloat16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+inline V dot(V x, V y, V z) { return fma(x, y, z); }
+inline V dot(__m512bh x, __m512bh y, V z) { return _mm512_dpbf16_ps(z, x, y); }
+
+inline void store_sums(float* p, const V (&v)[4]) {
+  const V ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const V cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const V all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
+inline void transpose(V (&rows)[kWidth]) {
+  V pairs[16], quads[16], halves[16];
+  for (int i = 0; i < 8; ++i) {
+    pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+  // quads[4 * i + c]: of rows 4i to 4i + 3, columns c, c + 4, c + 8 and c + 12, four numbers each.
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) {
+      quads[4 * i + 2 * j] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
+      quads[4 * i + 2 * j + 1] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 2; ++i)
+    for (int c = 0; c < 4; ++c) {
+      halves[8 * i + c] = _mm512_shuffle_f32x4(quads[8 * i + c], quads[8 * i + 4 + c], 0x88);      // c, c + 8
+      halves[8 * i + 4 + c] = _mm512_shuffle_f32x4(quads[8 * i + c], quads[8 * i + 4 + c], 0xdd);  // c + 4, c + 12
+    }
+  for (int c = 0; c < 8; ++c) {
+    rows[c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0x88);
+    rows[8 + c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0xdd);
+  }
+}
+
+template <class T>
+inline V load_upto(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : n > 0 ? load(p, n) : zero();
+}
+template <class T>
+inline void store_upto(T* p, V v, int64_t n) {
+  if (n >= kWidth)
+    store(p, v);
+  else if (n > 0)
+    store(p, v, n);
+}
+
+}  // namespace
+}  // namespace effk
