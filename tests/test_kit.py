@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from effk import _registry
 
 from .kit import tensors
 from .kit.backends import Backend
-from .kit.errors import ACTIVATIONS, FLUSH, Bounded, matmul
+from .kit.errors import ACTIVATIONS, FLUSH, GATES, Bounded, matmul, matmul_of
 from .kit.tensors import generator
 
 UNIT = 2.0**-24
@@ -108,6 +109,85 @@ def test_stored_weights_alone_are_counted() -> None:
     w = torch.zeros(1, 1000)
     w[0, 0] = 1
     assert float(matmul(torch.ones(1, 1000), w, UNIT).error) < 2 * UNIT
+
+
+# Chains of products ---------------------------------------------------------------------------------------------------
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
+    function = GATES[name]
+    return gate.relu().square() if function is None else ACTIVATIONS[function][0](gate) * up
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_torch_is_within_the_bound_of_a_chain(dtype: torch.dtype, name: str) -> None:
+    """Two products with a gated activation between them; and out of it if that isn't rounded, where that shows."""
+    x, gate, up, down = (
+        normal(9, 100, dtype=dtype),
+        normal(31, 100, dtype=dtype, seed=1),
+        normal(31, 100, dtype=dtype, seed=2),
+        normal(20, 31, dtype=dtype, seed=3),
+    )
+    h = gated(x.float() @ gate.float().T, x.float() @ up.float().T, name)
+    exact = matmul(x, gate, UNIT).gated(matmul(x, up, UNIT), name)
+    exact.assert_holds(h)
+    chain = matmul_of(exact.stored(dtype), down, dtype)
+    chain.assert_holds(h.to(dtype).float() @ down.float().T)
+    if dtype != torch.float32:
+        with pytest.raises(AssertionError, match="out of bounds"):
+            chain.assert_holds(h @ down.float().T)
+
+
+def bounded(value: float, error: float = 0.0) -> Bounded:
+    finite = abs(value) if math.isfinite(value) else 0.0
+    return Bounded(*(torch.tensor([v], dtype=torch.float64) for v in (value, error, finite)), UNIT)
+
+
+@pytest.mark.parametrize("value, error, low, high", [(1.0, 2**-10, 1.0, 1.0), (1 + 2**-8, 2**-10, 1.0, 1 + 2**-7)])
+def test_stored_is_one_number_or_its_neighbour(value: float, error: float, low: float, high: float) -> None:
+    """Which of them, only where the bound holds the middle between two."""
+    exact = bounded(value, error).stored(torch.bfloat16)
+    assert float(exact.value - exact.error) == low and float(exact.value + exact.error) == high
+
+
+def test_stored_beyond_the_largest_number() -> None:
+    assert bounded(7e4, 1.0).stored(torch.float16).value.isinf().all()
+    unsure = bounded(65520.0, 1.0).stored(torch.float16)  # the middle between the largest number and infinity
+    unsure.assert_holds(torch.tensor([torch.nan]))
+    certain = bounded(65500.0, 1.0).stored(torch.float16)
+    with pytest.raises(AssertionError, match="out of bounds"):
+        certain.assert_holds(torch.tensor([torch.inf]))
+
+
+def test_infinity_times_what_may_be_zero_may_be_anything() -> None:
+    for other in (bounded(1e-9, 1e-8), bounded(-1e-9, 1e-8)):
+        for product in (other.by(bounded(torch.inf)), bounded(-torch.inf).by(other)):
+            product.assert_holds(torch.tensor([torch.nan]))
+    product = bounded(1e-7, 1e-8).by(bounded(torch.inf))
+    product.assert_holds(torch.tensor([torch.inf]))
+    with pytest.raises(AssertionError, match="out of bounds"):
+        product.assert_holds(torch.tensor([torch.nan]))
+    weight = torch.tensor([[torch.inf]])
+    for value, error, sure in ((1e-9, 1e-8, False), (1.0, 1e-8, True), (0.0, 0.0, True)):
+        x = bounded(value, error)
+        x = Bounded(x.value[None], x.error[None], x.peak[None], UNIT)
+        wrong = torch.tensor([[-3.0]])
+        if sure:
+            with pytest.raises(AssertionError, match="out of bounds"):
+                matmul_of(x, weight, torch.float32).assert_holds(wrong)
+        else:
+            matmul_of(x, weight, torch.float32).assert_holds(wrong)
+
+
+def test_errors_of_both_factors_count() -> None:
+    a, b = bounded(3.0, 0.5), bounded(-5.0, 0.25)
+    for x, y in ((3.5, -5.25), (2.5, -4.75), (3.5, -4.75)):
+        a.by(b).assert_holds(torch.tensor([x * y]))
+    with pytest.raises(AssertionError, match="out of bounds"):
+        a.by(b).assert_holds(torch.tensor([-3.5 * 5.25 - 0.01]))
 
 
 # The checks of every call, by back ends that are broken on purpose ---------------------------------------------------

@@ -53,6 +53,24 @@ const char* lora_apply(int type, int64_t tokens, std::tuple<int64_t, int64_t, in
                        int64_t x_stride, Address a, Address b, Indices ids, Address gates, int64_t pairs, Indices ranks,
                        double scale, Address y_in, int64_t y_stride, Address y, int64_t most_blocks);
 
+// rows, cols, address, elements between two rows.
+using MoeMatrix = std::tuple<int64_t, int64_t, Address, int64_t>;
+// experts, rows, address, elements between two experts and between two rows.
+using MoeWeights = std::tuple<int64_t, int64_t, Address, int64_t, int64_t>;
+// bias may be 0.
+const char* moe_route(int type, int64_t tokens, int64_t experts, int64_t k, Address logits, int64_t stride,
+                      Address bias, int score, bool renormalize, Address weights, Address ids, int num_sms);
+const char* moe_sort(Indices ids, int64_t pairs, int64_t experts, Address perm, Address inverse, Address offsets);
+// gemm: a moe::Gemm, or -1 for what is chosen. The address of gather may be 0, and bias.
+const char* moe_grouped_gemm(int type, MoeMatrix x, MoeWeights w, Indices offsets, int64_t rows, Indices gather,
+                             Address bias, int out_type, Address y, int gemm, int num_sms);
+const char* moe_grouped_wgrad(int type, MoeMatrix grad, MoeMatrix x, Indices offsets, int64_t experts, Indices gather,
+                              Address dw, int num_sms);
+const char* moe_combine(int type, MoeMatrix y, int64_t tokens, int64_t k, Indices inverse, Address weights,
+                        Address out);
+const char* moe_mlp(int type, MoeMatrix x, MoeWeights w13, MoeWeights w2, int64_t k, Indices ids, Address weights,
+                    int activation, int gemm, Address y, int num_sms);
+
 // The kernels of wrappers.cpp and planted.cpp, by name.
 const char* wrappers(const std::string& name, Address a, Address b, Address c);
 const char* planted(const std::string& name, Address in, Address out);

@@ -65,6 +65,12 @@ PYBIND11_MODULE(effk_simt, m) {
   EFFK_DEF(w4a8_salience);
   EFFK_DEF(lora_merge);
   EFFK_DEF(lora_apply);
+  EFFK_DEF(moe_route);
+  EFFK_DEF(moe_sort);
+  EFFK_DEF(moe_grouped_gemm);
+  EFFK_DEF(moe_grouped_wgrad);
+  EFFK_DEF(moe_combine);
+  EFFK_DEF(moe_mlp);
 #undef EFFK_DEF
   m.def("wrappers", &call<&wrappers, const std::string&, Address, Address, Address>);
   m.def("planted", &call<&planted, const std::string&, Address, Address>);

