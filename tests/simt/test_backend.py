@@ -5,7 +5,7 @@ import os
 import effk
 import pytest
 
-from . import lscd, missing, w4a8
+from . import lora, lscd, missing, moe, w4a8
 
 
 def test_every_op_with_cuda_kernels_runs_here() -> None:
@@ -13,5 +13,5 @@ def test_every_op_with_cuda_kernels_runs_here() -> None:
     if reason and not os.environ.get("CI"):
         pytest.skip(reason)
     assert reason is None
-    for op in (*lscd.OPS, *w4a8.OPS):
+    for op in (*lora.OPS, *lscd.OPS, *moe.OPS, *w4a8.OPS):
         assert "simt" in effk.backends(op)
