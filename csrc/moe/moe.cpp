@@ -91,7 +91,7 @@ struct Part {
 template <class F>
 void for_groups(const Cpu& kernels, const Groups& groups, const Operands& in, int64_t rows, int64_t grouped_rows,
                 int64_t dense_rows, const F& f) {
-  constexpr int64_t kRows = 512, kTiles = 6;  // of a group
+  constexpr int64_t kRows = 512, kTiles = 6;  // of a group; as many tiles as share a copy of the weights
   std::vector<Part> packed, parts;
   for (const Group& group : groups.list) {
     const bool dense = group.gemm == Gemm::dense;
@@ -158,6 +158,7 @@ Tensor grouped_wgrad(const Tensor& grad, const Tensor& x, const Tensor& offsets,
   const Sorted sorted = check_contents("moe_grouped_wgrad", call.x, offsets, x.size(0));
   Wgrad& args = call.args;
   args.in.source = call.x.in.source;
+  if (call.dw.numel() == 0) return call.dw;
   constexpr int64_t kRows = 32;
   const int64_t blocks = (args.rows + kRows - 1) / kRows;
   for_parts(offsets.size(0) * blocks, 1, [&](int64_t p0, int64_t p1) {
@@ -215,11 +216,11 @@ void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1
   const int64_t k = call.pairs, pairs = (t1 - t0) * k, esize = type_size(call.first.type);
   const Buffer<int64_t> perm(pairs), token(pairs), ends(call.experts);
   const Buffer<float> weight(pairs);
-  const auto of_chunk = [&](int64_t i) { return ids[t0 * k + i]; };
   struct {
-    const decltype(of_chunk)& at;
-    int64_t operator[](int64_t i) const { return at(i); }
-  } const chunk{of_chunk};
+    const Integers& all;
+    int64_t first;
+    int64_t operator[](int64_t i) const { return all[first + i]; }
+  } const chunk{ids, t0 * k};
   const int64_t bad = sort_pairs(chunk, pairs, call.experts, perm.get(), nullptr, ends.get());
   EFFK_CHECK(bad < 0, op, "ids holds ", chunk[bad], "; wanted -1 to ", call.experts - 1);
   const int64_t kept = call.experts ? ends.get()[call.experts - 1] : 0;
@@ -245,10 +246,12 @@ void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1
             t1 - t0,
             static_cast<char*>(call.y.mutable_data_ptr()) + t0 * call.rows * esize};
   down.in.x = h.get();
-  constexpr int64_t kRows = 128;
-  for_parts((call.rows + kRows - 1) / kRows, worthwhile(kRows * (kept * call.inner + down.tokens)),
+  // Parts of rows for every thread, several of them, but wide ones: each reads all of h.
+  const int64_t share = call.rows / (8 * std::max<int64_t>(1, torch::stable::get_num_threads()));
+  const int64_t step = std::clamp<int64_t>(share / 32 * 32, 32, 128);
+  for_parts((call.rows + step - 1) / step, worthwhile(step * (kept * call.inner + down.tokens)),
             [&](int64_t p0, int64_t p1) {
-              for (int64_t p = p0; p < p1; ++p) kernels.down(down, p * kRows, std::min(call.rows, (p + 1) * kRows));
+              for (int64_t p = p0; p < p1; ++p) kernels.down(down, p * step, std::min(call.rows, (p + 1) * step));
             });
 }
 

@@ -13,7 +13,8 @@ namespace {
 // --- Activations ----------------------------------------------------------------------------------------------------
 // Without branches or calls, so that the compiler makes vectors of loops over them.
 
-// e^x to about one unit in the last place; 0 below -87.3, where the result would be subnormal.
+// e^x to about one unit in the last place; 0 below -87.3, where the result would be subnormal, and infinity above 88.7,
+// where it is.
 inline float exponential(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
@@ -60,9 +61,12 @@ inline float squared_relu(float x) { return x < 0 ? 0.0f : x * x; }
 
 template <Activation A>
 inline float activated(float gate, float up) {
-  if constexpr (A == Activation::relu2) return squared_relu(up);
-  const float g = A == Activation::swiglu ? silu(gate) : A == Activation::geglu ? gelu(gate) : gelu_tanh(gate);
-  return g * up;
+  if constexpr (A == Activation::relu2) {
+    return squared_relu(up);
+  } else {
+    const float g = A == Activation::swiglu ? silu(gate) : A == Activation::geglu ? gelu(gate) : gelu_tanh(gate);
+    return g * up;
+  }
 }
 
 // Calls f with the activation as a constant.

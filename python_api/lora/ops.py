@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = (*ctx.needs_input_grad, False, False)
     adapters, rank, cols = a.shape
     rows = b.shape[1]
-    tokens, pairs = x.shape[:-1].numel(), ids.shape[-1]
+    tokens, pairs = math.prod(x.shape[:-1]), ids.shape[-1]
     x2, grad2 = x.reshape(tokens, cols), grad.reshape(tokens, rows).to(x.dtype)
     gates2 = gates.reshape(tokens, pairs)
     ids2 = ids.reshape(tokens, pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -117,6 +118,14 @@ def _summed(rows: Tensor, place: Tensor, there: Tensor, size: int) -> Tensor:
     return sums.index_put((place,), rows, accumulate=True)[:size]
 
 
+def _grad_of_x(grad: Tensor, w: Tensor, offsets: Tensor, gather: Tensor | None, x: Tensor) -> Tensor:
+    """grad w for each expert, summed up where rows of x were gathered more than once."""
+    if gather is None:
+        return moe_grouped_gemm(grad, w.transpose(1, 2), offsets)
+    rows = moe_grouped_gemm(grad, w.transpose(1, 2), offsets, out_dtype=torch.float32)
+    return _summed(rows, gather, _kept(offsets, grad.shape[0])[:, 0], x.shape[0]).to(x.dtype)
+
+
 def _grouped_gemm_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
     x, w, offsets, *rest = inputs
     bias, gather = (*rest, None, None)[:2]
@@ -130,16 +139,31 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad.to(x.dtype)
     grad_x = grad_w = grad_bias = None
     if wanted[0]:
-        out_dtype = x.dtype if gather is None else torch.float32
-        grad_x = moe_grouped_gemm(grad, w.transpose(1, 2), offsets, out_dtype=out_dtype)
-        if gather is not None:
-            grad_x = _summed(grad_x, gather, _kept(offsets, grad.shape[0])[:, 0], x.shape[0]).to(x.dtype)
+        grad_x = _grad_of_x(grad, w, offsets, gather, x)
     if wanted[1]:
         grad_w = moe_grouped_wgrad(grad, x, offsets, gather)
     if ctx.has_bias and wanted[3]:
         ones = grad.new_ones(grad.shape[0], 1)
         grad_bias = moe_grouped_wgrad(ones, grad, offsets)[:, 0]
     return (grad_x, grad_w, None, grad_bias, None)[: ctx.num_inputs]
+
+
+def _grouped_wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, x, offsets, *rest = inputs
+    gather = (*rest, None)[0]
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(grad, x, offsets, gather)
+
+
+def _grouped_wgrad_backward(ctx: Any, of_w: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, offsets, gather = ctx.saved_tensors
+    of_w = of_w.to(x.dtype)
+    of_grad = of_x = None
+    if ctx.needs_input_grad[0]:
+        of_grad = moe_grouped_gemm(x, of_w, offsets, gather=gather)
+    if ctx.needs_input_grad[1]:
+        of_x = _grad_of_x(grad, of_w, offsets, gather, x)
+    return (of_grad, of_x, None, None)[: ctx.num_inputs]
 
 
 def _combine_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -151,7 +175,7 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     k, rows = inverse.shape[-1], y.shape[0]
     place = inverse.reshape(-1).long()
     there = (place >= 0) & (place < rows)
-    tokens = inverse.shape[:-1].numel()
+    tokens = math.prod(inverse.shape[:-1])
     grad2 = grad.reshape(tokens, y.shape[1]).float().repeat_interleave(k, 0)  # [T k, K]
     grad_y = grad_weights = None
     if ctx.needs_input_grad[0]:
@@ -171,7 +195,7 @@ def _mlp_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[st
 def _mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The forward pass is made again, up to what is between the two products."""
     x, w13, w2, weights, ids = ctx.saved_tensors
-    k, shape = ids.shape[-1], (x.shape[:-1].numel(), x.shape[-1])
+    k, shape = ids.shape[-1], (math.prod(x.shape[:-1]), x.shape[-1])
     x2, grad2 = x.reshape(shape), grad.reshape(shape).to(x.dtype)
     perm, inverse, offsets = moe_sort(ids, w2.shape[0])
     token, weight = perm // max(1, k), weights.reshape(-1)[perm][:, None]
@@ -204,7 +228,8 @@ def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     function = reference.ACTIVATIONS[activation]
     assert function is not None
     if activation == "swiglu":
-        of_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        sigmoid = gate.sigmoid()  # and not silu_backward, which has no derivative
+        of_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
     else:
         approximate = "tanh" if activation == "geglu_tanh" else "none"
         of_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=approximate)
@@ -305,11 +330,17 @@ def moe_grouped_gemm(
     return torch.ops.effk.moe_grouped_gemm(x, w, offsets, bias, gather, out_dtype=out_dtype)
 
 
-@op(reference=reference.moe_grouped_wgrad, fake=_fake_grouped_wgrad, triton=f"{TRITON}:moe_grouped_wgrad")
+@op(
+    reference=reference.moe_grouped_wgrad,
+    fake=_fake_grouped_wgrad,
+    triton=f"{TRITON}:moe_grouped_wgrad",
+    setup_context=_grouped_wgrad_context,
+    backward=_grouped_wgrad_backward,
+)
 def moe_grouped_wgrad(grad: Tensor, x: Tensor, offsets: Tensor, gather: Tensor | None = None) -> Tensor:
     """The gradient of `moe_grouped_gemm` for its weights: dw[e] = grad^T x over the expert's rows, 0 where it has none.
 
-    Sums are kept in float32 and rounded once.
+    Sums are kept in float32 and rounded once. Differentiable in grad and x, so that second derivatives are right.
 
     Args:
         grad: [M or G, N] of x's dtype, any strides.

@@ -269,7 +269,7 @@ def moe_mlp(
 ) -> Tensor:
     check_mlp(x, w13, w2, weights, ids, activation, gemm)
     check_range("moe_mlp", "ids", ids, -1, w2.shape[0] - 1)
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     x2, ids2 = x.reshape(tokens, x.shape[-1]), ids.reshape(tokens, ids.shape[-1])
     weights2 = weights.reshape(ids2.shape)
     y = torch.zeros_like(x2, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -151,13 +152,17 @@ def fit(points: Sequence[Point]) -> Costs:
     return read, dot, lay_out, multiply, pack
 
 
-def read(path: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+def read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
     """A file's calibrations by machine, level and dtype; none where it can't be read."""
     try:
         kept = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+
+    def entries(level: object) -> dict[str, object]:
+        return level if isinstance(level, dict) else {}
+
+    return {m: {name: entries(of) for name, of in entries(levels).items()} for m, levels in entries(kept).items()}
 
 
 def load() -> None:
@@ -169,9 +174,8 @@ def load() -> None:
     except RuntimeError:  # there is no home
         return
     for level in _library.supported_cpu_levels()[1:]:  # the scalar one has no choice
-        of_level = levels.get(level, {}) if isinstance(levels, dict) else {}
         for dtype in FLOATS:
-            costs = of_level.get(str(dtype).removeprefix("torch.")) if isinstance(of_level, dict) else None
+            costs = levels.get(level, {}).get(str(dtype).removeprefix("torch."))
             if costs is None:
                 continue
             if not is_valid(costs):
@@ -181,9 +185,9 @@ def load() -> None:
                 exchange_costs(dtype, tuple(costs))
 
 
-def is_valid(costs: object) -> bool:
+def is_valid(costs: object) -> TypeGuard[list[float]]:
     return (
         isinstance(costs, list)
         and len(costs) == len(NAMES)
-        and all(isinstance(c, int | float) and math.isfinite(c) and c >= 0 for c in costs)
+        and all(type(c) in (int, float) and 0 <= c < 1e300 for c in costs)
     )

@@ -1009,6 +1009,14 @@ def dense_grouped_gemm(
     return padded[expert, torch.arange(len(x), device=x.device)].to(out_dtype or x.dtype)
 
 
+def dense_grouped_wgrad(grad: Tensor, x: Tensor, offsets: Tensor, gather: Tensor | None = None) -> Tensor:
+    if gather is not None:
+        x = x[gather.long()]
+    expert = (torch.arange(len(x))[:, None] >= offsets[None, :].to("cpu")).sum(-1).to(x.device)
+    of_expert = (expert[:, None] == torch.arange(len(offsets), device=x.device)).to(x.dtype)
+    return torch.einsum("me,mn,mk->enk", of_expert, grad, x)
+
+
 def dense_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     place = inverse.long()
     rows = torch.cat([y, y.new_zeros(1, y.shape[1])])[place]
@@ -1046,6 +1054,7 @@ def dense_mlp(
 FORMULAS = {
     "moe_route": dense_route,
     "moe_grouped_gemm": dense_grouped_gemm,
+    "moe_grouped_wgrad": dense_grouped_wgrad,
     "moe_combine": dense_combine,
     "moe_mlp": dense_mlp,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import effk
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,10 @@ from .strategies import (
     Mlp,
     Route,
     combines,
+    dense_combine,
+    dense_grouped_gemm,
+    dense_grouped_wgrad,
+    dense_mlp,
     groupeds,
     mlps,
     part_of,
@@ -480,3 +485,81 @@ def test_compiled(kind: type, dynamic: bool) -> None:
     values = list(inputs.values())
     gradients = [torch.autograd.grad(f(*values).sum(), values) for f in (compiled, function)]
     assert all(map(tensors.same_bits, *gradients))
+
+
+# Second derivatives, and open sizes ---------------------------------------------------------------------------------
+
+
+def second(function: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """Gradients of a penalty on gradients."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    first = torch.autograd.grad((out * out).sum(), inputs, create_graph=True)
+    return list(torch.autograd.grad(sum((g * g).sum() for g in first), inputs))
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-1, 2, shape).float()
+
+
+OFFSETS, GATHER = torch.tensor([2, 2, 5]), torch.tensor([3, 0, 0, 2, 1, 2])
+
+
+@pytest.mark.parametrize("gather", [None, GATHER])
+def test_second_derivatives_of_products(gather: Tensor | None) -> None:
+    """Of integers so small that all is exact."""
+    x, w, bias = integers(6 if gather is None else 4, 3), integers(3, 2, 3), integers(3, 2)
+    gemm = [functools.partial(f, offsets=OFFSETS) for f in (effk.moe.grouped_gemm, dense_grouped_gemm)]
+    found, wanted = (second(lambda x, w, b, f=f: f(x, w, bias=b, gather=gather), [x, w, bias]) for f in gemm)
+    assert any(bool(t.any()) for t in wanted) and all(map(torch.equal, found, wanted))
+    grad = integers(6, 2)
+    found, wanted = (
+        second(lambda g, x, f=f: f(g, x, OFFSETS, gather), [grad, x])
+        for f in (effk.moe.grouped_wgrad, dense_grouped_wgrad)
+    )
+    assert any(bool(t.any()) for t in wanted) and all(map(torch.equal, found, wanted))
+
+
+def test_second_derivatives_of_combine() -> None:
+    inverse = torch.tensor([[0, 3], [2, -1], [2, 1]])
+    inputs = [integers(4, 3), integers(3, 2)]
+    found, wanted = (second(lambda y, w, f=f: f(y, inverse, w), inputs) for f in (effk.moe.combine, dense_combine))
+    assert any(bool(t.any()) for t in wanted) and all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_of_mlp(activation: str) -> None:
+    """As far from float64 as the dense formula in float32 is, some times over; exact where all are integers."""
+    torch.manual_seed(0)
+    make = integers if activation == "relu2" else torch.randn
+    inputs = [make(5, 3), make(3, 4 if activation == "relu2" else 8, 3), make(3, 3, 4), make(5, 2)]
+    ids = torch.tensor([[0, 2], [2, -1], [0, 0], [2, 0], [-1, -1]])
+
+    def of(f: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        call = lambda x, w13, w2, weights: f(x, w13, w2, weights, ids, activation=activation)  # noqa: E731
+        return second(call, [t.to(dtype) for t in inputs])
+
+    exact = of(dense_mlp, torch.float64)
+    for found, plain, wanted in zip(of(effk.moe.mlp), of(dense_mlp), exact, strict=True):
+        error, usual = ((t - wanted).abs().max() for t in (found, plain))
+        room = 0.0 if activation == "relu2" else 16 * 2.0**-24 * float(wanted.abs().max())
+        assert error <= 4 * usual + room
+
+
+def test_compiled_for_any_number_of_tokens() -> None:
+    """Forward and backward, with a few variants for all."""
+    torch._dynamo.reset()
+    w13, w2 = torch.randn(4, 10, 6, requires_grad=True), torch.randn(4, 6, 5, requires_grad=True)
+
+    def layer(x: Tensor, logits: Tensor) -> Tensor:
+        weights, ids = effk.moe.route(logits, 2)
+        perm, inverse, offsets = effk.moe.sort(ids, 4)
+        rows = effk.moe.grouped_gemm(x, w2.transpose(1, 2)[:, :, :6], offsets, gather=perm // 2)
+        return effk.moe.mlp(x, w13, w2, weights, ids) + effk.moe.combine(rows, inverse, weights).sum()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for tokens in range(2, 12):
+            x, logits = (torch.randn(tokens, n, requires_grad=True) for n in (6, 4))
+            compiled(x, logits).sum().backward()
+            assert x.grad is not None and logits.grad is not None

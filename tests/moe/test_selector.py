@@ -101,10 +101,17 @@ def test_calibration_is_kept_and_found(level: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"MACHINE": []}', '{"MACHINE": {"LEVEL": 1}}']
+    ["", "{", "[]", "null", "[" * 10**6, '{"MACHINE": []}', '{"MACHINE": {"LEVEL": 1}}']
     + [
         f'{{"MACHINE": {{"LEVEL": {{"float32": {c}}}}}}}'
-        for c in ("1", "[1, 2]", '["a", 1, 1, 1, 1]', "[-1, 1, 1, 1, 1]")
+        for c in (
+            "1",
+            "[1, 2]",
+            '["a", 1, 1, 1, 1]',
+            "[-1, 1, 1, 1, 1]",
+            "[true, 1, 1, 1, 1]",
+            f"[{10**400}, 1, 1, 1, 1]",
+        )
     ]
     + [
         '{"MACHINE": {"LEVEL": {"float32": [NaN, 1, 1, 1, 1]}}}',
@@ -122,6 +129,10 @@ def test_a_broken_file_changes_nothing(
     selector.exchange_costs(torch.float32, costs)
     selector.load()
     assert selector.exchange_costs(torch.float32, costs) == costs
+    monkeypatch.setattr(selector, "SIZES", ((2, 64, 32), (2, 32, 64)))
+    monkeypatch.setattr(selector, "ROWS", (1, 4, 40))
+    effk.moe.calibrate([torch.float32], runs=1, progress=False)  # writes a whole one
+    assert len(selector.read(path)[selector.machine()][level]["float32"]) == 5
 
 
 def test_the_scalar_level_has_no_choice() -> None:
