@@ -183,8 +183,8 @@ def make_sort(problem: Problem, device: torch.device) -> Work:
     perm = ids.flatten().argsort(stable=True)
 
     def check(result: tuple[Tensor, ...], own: bool) -> str:
-        wanted = (perm, perm.argsort().view_as(ids), ids.flatten().bincount(minlength=size["experts"]).cumsum(0))
-        return "" if all(map(torch.equal, (t.long() for t in result), wanted)) else "another order"
+        wanted = (perm, perm.argsort(), ids.flatten().bincount(minlength=size["experts"]).cumsum(0))
+        return "" if all(map(torch.equal, (t.long().flatten() for t in result), wanted)) else "another order"
 
     return Work(
         inputs=ids,
