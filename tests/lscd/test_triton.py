@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +9,12 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from effk.kernels.common.triton_aot import SHARED_MEMORY, Resources, Variant, table  # noqa: E402
+from effk.kernels.common.triton_aot import Variant  # noqa: E402
 from effk.kernels.common.triton_float import narrow, widen  # noqa: E402
 from effk.kernels.lscd import triton as kernels  # noqa: E402
 
 from ..kit import tensors  # noqa: E402
+from ..kit.triton import assert_compiles_without_spills  # noqa: E402
 from . import format  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,19 +22,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """In a process of its own: this one may have interpreted kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "effk.kernels.common.triton_aot", "--json", kernels.__name__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout, done.stderr
-    rows = [Resources(**row) for row in json.loads(done.stdout)]
-    print(table(rows))
-    compiled = {(row.kernel, row.capability) for row in rows}
-    assert compiled == {(str(v), capability) for v in kernels.variants() for capability in SHARED_MEMORY}
-    assert all(row.registers > 0 for row in rows)
-    bad = [row for row in rows if not row.good]
-    assert not bad, f"spills, or too much shared memory:\n{table(bad)}"
-    assert done.returncode == 0
+    assert_compiles_without_spills(kernels)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])

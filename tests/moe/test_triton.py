@@ -6,10 +6,6 @@ reference's bits. NaN lies wherever nothing may be read.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +15,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from effk.kernels.common.triton_aot import SHARED_MEMORY, Resources, Variant, table
+from effk.kernels.common.triton_aot import Variant
 from effk.kernels.moe import triton as kernels
 from effk.moe import reference
 
 from ..kit import tensors
 from ..kit.tensors import same_bits
+from ..kit.triton import assert_compiles_without_spills
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = reference.FLOATS
@@ -32,19 +29,7 @@ NAN = float("nan")
 
 
 def test_every_kernel_compiles_without_spills() -> None:
-    """In a process of its own: this one may have interpreted kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "effk.kernels.common.triton_aot", "--json", kernels.__name__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout, done.stderr
-    rows = [Resources(**row) for row in json.loads(done.stdout)]
-    print(table(rows))
-    compiled = {(row.kernel, row.capability) for row in rows}
-    assert compiled == {(str(v), capability) for v in kernels.variants() for capability in SHARED_MEMORY}
-    assert all(row.registers > 0 for row in rows)
-    bad = [row for row in rows if not row.good]
-    assert not bad, f"spills, or too much shared memory:\n{table(bad)}"
-    assert done.returncode == 0
+    assert_compiles_without_spills(kernels)
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------

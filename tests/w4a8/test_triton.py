@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from effk.kernels.common.triton_aot import SHARED_MEMORY, Resources, Variant, table
+from effk.kernels.common.triton_aot import Variant
 from effk.kernels.w4a8 import triton as kernels
 
 from ..kit import tensors
+from ..kit.triton import assert_compiles_without_spills, compiling
 from .strategies import FLOATS, GROUP_SIZES, Stored
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own: this one may have interpreted kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
 def test_every_kernel_compiles_without_spills() -> None:
-    done = compiling("-m", "effk.kernels.common.triton_aot", "--json", kernels.__name__)
-    assert done.stdout, done.stderr
-    rows = [Resources(**row) for row in json.loads(done.stdout)]
-    print(table(rows))
-    compiled = {(row.kernel, row.capability) for row in rows}
-    assert compiled == {(str(v), capability) for v in kernels.variants() for capability in SHARED_MEMORY}
-    assert all(row.registers > 0 for row in rows)
-    bad = [row for row in rows if not row.good]
-    assert not bad, f"spills, or too much shared memory:\n{table(bad)}"
-    assert done.returncode == 0
+    assert_compiles_without_spills(kernels)
 
 
 def test_quantization_divides_and_rounds_as_ieee_says() -> None:
