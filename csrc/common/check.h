@@ -49,6 +49,12 @@ inline Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& siz
   return Tensor(handle);
 }
 
+// A tensor as rows whose columns follow each other; a copy where they don't.
+inline Tensor as_rows(const Tensor& t, int64_t rows, int64_t cols) {
+  const Tensor flat = t.dim() == 2 ? t : torch::stable::reshape(t, {rows, cols});
+  return cols <= 1 || flat.stride(1) == 1 ? flat : torch::stable::contiguous(flat);
+}
+
 namespace check {
 
 constexpr int64_t kAny = -1;
@@ -88,6 +94,10 @@ inline bool is_float(ScalarType t) {
 inline Type float_type(const char* op, const char* arg, const Tensor& t) {
   dtype(op, arg, t, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   return type_of(t.scalar_type());
+}
+
+inline void index_type(const char* op, const char* arg, const Tensor& t) {
+  dtype(op, arg, t, {ScalarType::Int, ScalarType::Long});
 }
 
 // kAny matches every size.

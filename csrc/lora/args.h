@@ -16,14 +16,10 @@ using TensorList = std::vector<Tensor>;
 inline std::string at(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
 constexpr size_t kAlone = SIZE_MAX;  // the index of a tensor that isn't in a list
 
-inline void check_index(const char* op, const char* arg, const Tensor& t) {
-  check::dtype(op, arg, t, {ScalarType::Int, ScalarType::Long});
-}
-
 // A list of adapters and their gates. ids has the sizes of tokens and then the number of pairs.
 inline void check_pairs(const char* op, const char* ids_arg, const Tensor& ids, const char* gates_arg,
                         const Tensor& gates) {
-  check_index(op, ids_arg, ids);
+  check::index_type(op, ids_arg, ids);
   check::dtype(op, gates_arg, gates, {ScalarType::Float});
   const auto have = gates.sizes(), want = ids.sizes();
   EFFK_CHECK(have.size() == want.size() && std::equal(have.begin(), have.end(), want.begin()), op, gates_arg,
@@ -35,7 +31,7 @@ inline void check_pairs(const char* op, const char* ids_arg, const Tensor& ids, 
 
 inline void check_ranks(const char* op, const OptTensor& ranks, int64_t adapters, const Tensor& ids) {
   if (!ranks) return;
-  check_index(op, "ranks", *ranks);
+  check::index_type(op, "ranks", *ranks);
   check::shape(op, "ranks", *ranks, {adapters});
   check::device(op, "ranks", *ranks, "ids", ids);
 }
@@ -194,12 +190,7 @@ inline ApplyCall check_apply(const Tensor& x, const Tensor& a, const Tensor& b, 
   ApplyCall call;
   call.adapters = a.size(0);
   call.pairs = ids.size(ids.dim() - 1);
-  // Tokens as rows whose columns follow each other.
-  const auto as_rows = [&](const Tensor& t, int64_t last) {
-    const Tensor flat = t.dim() == 2 ? t : torch::stable::reshape(t, {tokens, last});
-    return last <= 1 || flat.stride(1) == 1 ? flat : torch::stable::contiguous(flat);
-  };
-  call.x = as_rows(x, cols);
+  call.x = as_rows(x, tokens, cols);
   call.ids = torch::stable::contiguous(ids);
   call.gates = torch::stable::contiguous(gates);
   std::vector<int64_t> sizes(lead.begin(), lead.end());
@@ -210,7 +201,7 @@ inline ApplyCall check_apply(const Tensor& x, const Tensor& a, const Tensor& b, 
     EFFK_CHECK(y_sizes.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), y_sizes.begin()), op,
                "y has shape ", check::str(y_sizes), "; wanted ", check::str(sizes));
     check::device(op, "y", *y, "x", x);
-    call.y_in = as_rows(*y, rows);
+    call.y_in = as_rows(*y, tokens, rows);
   }
   call.y = empty_like_device(x, sizes);
   call.args = Apply{type,

@@ -20,10 +20,6 @@ constexpr std::pair<const char*, Score> kScores[] = {{"softmax", Score::softmax}
 constexpr std::pair<const char*, std::optional<Gemm>> kGemms[] = {
     {"auto", std::nullopt}, {"grouped", Gemm::grouped}, {"dense", Gemm::dense}};
 
-inline void check_index(const char* op, const char* arg, const Tensor& t) {
-  check::dtype(op, arg, t, {ScalarType::Int, ScalarType::Long});
-}
-
 inline void check_sides(const char* op, const char* arg, const Tensor& t) {
   for (const int64_t size : t.sizes())
     EFFK_CHECK(size <= kMaxSide, op, arg, " has shape ", check::str(t.sizes()), "; wanted at most 2^30 each way");
@@ -61,12 +57,6 @@ inline void check_weights(const char* op, const Tensor& weights, const char* lik
   check::device(op, "weights", weights, like_arg, like);
 }
 
-// A tensor as rows whose columns follow each other; a copy where they don't.
-inline Tensor as_rows(const Tensor& t, int64_t rows, int64_t cols) {
-  const Tensor flat = t.dim() == 2 ? t : torch::stable::reshape(t, {rows, cols});
-  return cols <= 1 || flat.stride(1) == 1 ? flat : torch::stable::contiguous(flat);
-}
-
 // Weights [experts, rows, cols] of x's type, and those whose columns follow each other.
 inline Tensor check_experts(const char* op, const char* arg, const Tensor& w, const Tensor& x, int64_t rows,
                             int64_t cols) {
@@ -96,13 +86,13 @@ inline Rows check_sorted(const char* op, const Tensor& x, const Tensor& offsets,
   out.in.type = check::float_type(op, "x", x);
   check::shape(op, "x", x, {check::kAny, check::kAny});
   check_sides(op, "x", x);
-  check_index(op, "offsets", offsets);
+  check::index_type(op, "offsets", offsets);
   check::shape(op, "offsets", offsets, {check::kAny});
   check_sides(op, "offsets", offsets);
   check::device(op, "offsets", offsets, "x", x);
   out.rows = x.size(0);
   if (gather) {
-    check_index(op, "gather", *gather);
+    check::index_type(op, "gather", *gather);
     check::shape(op, "gather", *gather, {check::kAny});
     check_sides(op, "gather", *gather);
     check::device(op, "gather", *gather, "x", x);
@@ -205,11 +195,18 @@ inline RouteCall check_route(const Tensor& logits, int64_t k, const OptTensor& b
   return call;
 }
 
-inline void check_sort(const Tensor& ids, int64_t experts) {
+struct SortCall {
+  Tensor perm, inverse, offsets;
+};
+
+inline SortCall check_sort(const Tensor& ids, int64_t experts) {
   constexpr const char* op = "moe_sort";
-  check_index(op, "ids", ids);
+  check::index_type(op, "ids", ids);
   check_rows(op, "ids", ids, kMaxPairs);
   EFFK_CHECK(experts >= 0 && experts <= kMaxSide, op, "num_experts is ", experts, "; wanted 0 to 2^30");
+  return {empty_like_device(ids, {ids.numel()}, ScalarType::Long),
+          empty_like_device(ids, std::vector<int64_t>(ids.sizes().begin(), ids.sizes().end()), ScalarType::Long),
+          empty_like_device(ids, {experts}, ScalarType::Int)};
 }
 
 struct CombineCall {
@@ -223,7 +220,7 @@ inline CombineCall check_combine(const Tensor& y, const Tensor& inverse, const T
   const Type type = check::float_type(op, "y", y);
   check::shape(op, "y", y, {check::kAny, check::kAny});
   check_sides(op, "y", y);
-  check_index(op, "inverse", inverse);
+  check::index_type(op, "inverse", inverse);
   const int64_t tokens = check_rows(op, "inverse", inverse, kMaxPairs);
   check::device(op, "inverse", inverse, "y", y);
   check_weights(op, weights, "inverse", inverse);
@@ -265,7 +262,7 @@ inline MlpCall check_mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, c
   call.inner = w2.size(2);
   call.w13 = check_experts(op, "w13", w13, x, factor * call.inner, cols);
   EFFK_CHECK(w13.size(0) == w2.size(0), op, "w13 has ", w13.size(0), " experts; wanted w2's ", w2.size(0));
-  check_index(op, "ids", ids);
+  check::index_type(op, "ids", ids);
   EFFK_CHECK(ids.dim() >= 1, op, "ids has shape []; wanted at least one dimension");
   check_leading(op, "ids", ids, "x", x);
   check_rows(op, "ids", ids, kMaxPairs);

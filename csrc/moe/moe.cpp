@@ -111,12 +111,13 @@ void for_groups(const Cpu& kernels, const Groups& groups, const Operands& in, in
   });
 }
 
-// The ends of groups as numbers, and which row of x each sorted row is.
+// The ends of groups as numbers, and which row of x each sorted row is, if not the same.
 struct Sorted {
-  std::vector<int64_t> ends, source;
+  std::vector<int64_t> ends;
+  std::optional<std::vector<int64_t>> source;
 };
 
-Sorted check_contents(const char* op, Rows& rows, const Tensor& offsets, int64_t x_rows) {
+Sorted check_contents(const char* op, const Rows& rows, const Tensor& offsets, int64_t x_rows, Operands& in) {
   Sorted out;
   const Integers given(offsets);
   int64_t last = 0;
@@ -127,21 +128,21 @@ Sorted check_contents(const char* op, Rows& rows, const Tensor& offsets, int64_t
   }
   if (!rows.gather) return out;
   const Integers gather(*rows.gather);
+  out.source.emplace();
   for (int64_t i = 0; i < gather.size(); ++i) {
     EFFK_CHECK(gather[i] >= 0 && gather[i] < x_rows, op, "gather[", i, "] is ", gather[i], "; wanted 0 to ",
                x_rows - 1);
-    out.source.push_back(gather[i]);
+    out.source->push_back(gather[i]);
   }
-  rows.in.source = out.source.data();
+  in.source = out.source->data();  // stays where it is when `out` is moved
   return out;
 }
 
 Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, const OptTensor& bias,
                     const OptTensor& gather, std::optional<ScalarType> out_dtype) {
   LinearCall call = check_linear(x, w, offsets, bias, gather, out_dtype);
-  const Sorted sorted = check_contents("moe_grouped_gemm", call.x, offsets, x.size(0));
   Linear& args = call.args;
-  args.in.source = call.x.in.source;
+  const Sorted sorted = check_contents("moe_grouped_gemm", call.x, offsets, x.size(0), args.in);
   const int64_t kept = sorted.ends.empty() ? 0 : sorted.ends.back();
   const int64_t bytes = args.rows * type_size(args.out_type);
   std::memset(static_cast<char*>(args.y) + kept * bytes, 0, (call.x.rows - kept) * bytes);
@@ -155,9 +156,8 @@ Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, con
 
 Tensor grouped_wgrad(const Tensor& grad, const Tensor& x, const Tensor& offsets, const OptTensor& gather) {
   WgradCall call = check_wgrad(grad, x, offsets, gather);
-  const Sorted sorted = check_contents("moe_grouped_wgrad", call.x, offsets, x.size(0));
   Wgrad& args = call.args;
-  args.in.source = call.x.in.source;
+  const Sorted sorted = check_contents("moe_grouped_wgrad", call.x, offsets, x.size(0), args.in);
   if (call.dw.numel() == 0) return call.dw;
   constexpr int64_t kRows = 32;
   const int64_t blocks = (args.rows + kRows - 1) / kRows;
@@ -180,12 +180,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, const OptTenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> sort(const Tensor& ids, int64_t num_experts) {
-  check_sort(ids, num_experts);
+  const auto [perm, inverse, offsets] = check_sort(ids, num_experts);
   const Integers given(ids);
-  const Tensor perm = empty_like_device(ids, {given.size()}, ScalarType::Long);
-  const Tensor inverse =
-      empty_like_device(ids, std::vector<int64_t>(ids.sizes().begin(), ids.sizes().end()), ScalarType::Long);
-  const Tensor offsets = empty_like_device(ids, {num_experts}, ScalarType::Int);
   std::vector<int64_t> ends(num_experts);
   const int64_t bad = sort_pairs(given, given.size(), num_experts, static_cast<int64_t*>(perm.mutable_data_ptr()),
                                  static_cast<int64_t*>(inverse.mutable_data_ptr()), ends.data());

@@ -65,13 +65,9 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, const OptTenso
 std::tuple<Tensor, Tensor, Tensor> sort(const Tensor& ids, int64_t num_experts) {
   constexpr const char* op = "moe_sort";
   const cuda::DeviceGuard guard(ids.get_device_index());
-  check_sort(ids, num_experts);
+  const auto [perm, inverse, offsets] = check_sort(ids, num_experts);
   const IndexTensor given = indices(ids);
   const int64_t pairs = ids.numel();
-  const Tensor perm = empty_like_device(ids, {pairs}, ScalarType::Long);
-  const Tensor inverse =
-      empty_like_device(ids, std::vector<int64_t>(ids.sizes().begin(), ids.sizes().end()), ScalarType::Long);
-  const Tensor offsets = empty_like_device(ids, {num_experts}, ScalarType::Int);
   SortScratch layout;
   const Tensor scratch = workspace(ids, place_sort(pairs, num_experts, nullptr, &layout));
   const SortArgs args{given.args,
