@@ -63,40 +63,42 @@ build() {
 }
 export -f build
 
-# Small, ragged sizes on every type, for the sanitizers.
-cat >build/gpu-small.py <<'EOF'
-import torch
+# The properties of every family, a few cases each, under a tool of compute-sanitizer; all at once.
+# Without torch's caching allocator each tensor is an allocation, so that an access past its end is seen.
+sanitize() {
+    local tool=$1 family logs=build/sanitizer status=0
+    local -A jobs
+    mkdir -p "$logs"
+    for family in tests/*/test_properties.py; do
+        family=$(basename "$(dirname "$family")")
+        env PYTORCH_NO_CUDA_MEMORY_CACHING=1 EFFK_TEST_EXAMPLES=2 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 3 \
+            python3 -m pytest -q -x -p no:cacheprovider -m cuda -k "cuda and not triton" \
+            "tests/$family/test_properties.py" >"$logs/$tool-$family.log" 2>&1 &
+        jobs[$family]=$!
+    done
+    for family in "${!jobs[@]}"; do
+        wait "${jobs[$family]}" || { status=1; tail -n 25 "$logs/$tool-$family.log"; }
+        printf '%s %s: %s\n' "$tool" "$family" "$(grep -a 'ERROR SUMMARY\|RACECHECK SUMMARY' "$logs/$tool-$family.log")"
+    done
+    return $status
+}
+export -f sanitize
 
-import effk
-
-random = torch.Generator().manual_seed(0)
-for rows, cols in ((16, 256), (40, 520), (129, 1000)):
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        mask = torch.rand(rows, cols, generator=random) > 0.6
-        w = torch.randint(-8, 9, (rows, cols), generator=random).to(dtype) * mask
-        packed = effk.lscd.pack(w.cuda())
-        assert torch.equal(effk.lscd.unpack(*packed, rows, cols).cpu(), w)
-        for tokens in (1, 7, 16, 70):
-            x = torch.randint(-4, 5, (tokens, cols), generator=random).to(dtype)
-            y = effk.lscd.linear(x.cuda(), *packed, rows, cols)
-            assert torch.equal(y.cpu(), (x.double() @ w.double().T).to(dtype)), (rows, cols, dtype, tokens)
-print("small run: right")
-EOF
-
+workers=$(($(nproc) < 8 ? $(nproc) : 8))  # each has a context on the GPU
 step build 240 bash -c "build $arch"
+((failed)) && { echo "== ${summary[*]}"; exit 1; }
 step "what effk found" 30 python3 -m effk
-step "tests, cuda" 150 python3 -m pytest -q -m cuda
-step perf 240 python3 -m effk.perf --device cuda --no-progress --json "$OUT/perf.json" --report "$OUT/report"
+step "tests, cuda" 200 python3 -m pytest -q -n "$workers" -m cuda
 if command -v compute-sanitizer >/dev/null; then
-    # Without torch's caching allocator each tensor is an allocation, so that an access past its end is seen.
     for tool in memcheck racecheck; do
-        step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 python3 build/gpu-small.py
+        step "$tool" 100 bash -c "sanitize $tool"
     done
 else
     skip "memcheck, racecheck" "compute-sanitizer isn't here"
 fi
-step "tests, the rest" 120 python3 -m pytest -q -m "not cuda and not slow" --ignore=tests/packaging -p no:cacheprovider
+step perf 240 python3 -m effk.perf --device cuda --no-progress --json "$OUT/perf.json" --report "$OUT/report"
+step "tests, the rest" 120 python3 -m pytest -q -n "$workers" -m "not cuda and not slow" --ignore=tests/packaging -p no:cacheprovider
 
 printf '\n== Summary (%s s)\n' "$SECONDS"
 printf '%s\n' "${summary[@]}"

@@ -27,14 +27,14 @@ F* torch_function(const char* name) {
 template <class... Args>
 Tensor call_torch(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline cudaStream_t current_stream(const Tensor& t) {
   static auto* const get = torch_function<AOTITorchError(int32_t, void**)>("aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -85,7 +85,7 @@ void dense_linear(const char* op, const LinearCall& call, const Tensor& values, 
     } else {
       static auto* const addmm_out =
           cuda::torch_function<decltype(aoti_torch_cuda_addmm_out)>("aoti_torch_cuda_addmm_out");
-      STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(y.get(), call.bias.get(), call.x.get(), w.get(), 1, 1));
+      TORCH_ERROR_CODE_CHECK(addmm_out(y.get(), call.bias.get(), call.x.get(), w.get(), 1, 1));
     }
     return;
   }

@@ -6,6 +6,7 @@ the rows of what is written as well, and outputs share no memory with inputs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ HAS_GPU = torch.cuda.is_available()
 # Hypothesis examples of one property. The others compute in Python and get fewer and smaller ones.
 EXAMPLES = {"reference": 30, "cpu-scalar": 60, "cpu-avx2": 60, "cpu-avx512": 60, "cuda": 60, "simt": 60}
 SLOW_EXAMPLES = 8
+MOST_EXAMPLES = int(os.environ.get("EFFK_TEST_EXAMPLES", "1000"))  # under tools that slow everything down
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Backend:
 
     @property
     def examples(self) -> int:
-        return SLOW_EXAMPLES if self.slow else EXAMPLES.get(self.name, SLOW_EXAMPLES)
+        return min(MOST_EXAMPLES, SLOW_EXAMPLES if self.slow else EXAMPLES.get(self.name, SLOW_EXAMPLES))
 
     @property
     def unit(self) -> float:
