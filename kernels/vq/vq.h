@@ -24,7 +24,8 @@ struct Encode {
   const float* codebook;  // [HK, m, words, D / m]
   const float* chol;      // [HK, D, D] or null: a key is multiplied by it first (k L)
   Codes codes;
-  void* out;  // [B, HK, S, m], or m / 2 bytes
+  void* out;                  // [B, HK, S, m], or m / 2 bytes
+  float* prepared = nullptr;  // [HK, Cpu::encode_floats()]: of a CPU level
 };
 
 // Dot products of a query with each word. [B, H] queries.
@@ -34,9 +35,10 @@ struct Lut {
   int64_t subspaces, words;
   const void* q;  // [B, H, D], strides of the first two below
   int64_t q_stride[2];
-  const float* codebook;  // [HK, m, words, D / m]
-  const float* inv;       // [HK, D, D] or null: a query is multiplied by it first (q L^-T)
-  float* out;             // [B, H, m, words]
+  const float* codebook;   // [HK, m, words, D / m]
+  const float* inv;        // [HK, D, D] or null: a query is multiplied by it first (q L^-T)
+  float* out;              // [B, H, m, words]
+  float* query = nullptr;  // [B, H, D]: q inv, of a CPU level
 };
 
 // Scores: sums of table entries that the codes name.
@@ -45,10 +47,13 @@ struct Score {
   int64_t subspaces, words;
   const float* lut;  // [B, H, m, words]
   Codes codes;
-  const void* code;       // [B, HK, S, m] or m / 2 bytes
-  const int64_t* lens;    // [B] or null: S. Checked.
-  bool int8_table;        // sums of the 8-bit table that quantize_table() makes
-  float* out;             // [B, H, S]; past lens: -inf
+  const void* code;     // [B, HK, S, m] or m / 2 bytes
+  const int64_t* lens;  // [B] or null: S. Checked.
+  bool int8_table;      // sums of the 8-bit table that quantize_table() makes
+  float* out;           // [B, H, S]; past lens: -inf
+  // Of a CPU level with an 8-bit table: [B, H, Cpu::table_bytes()], and step and base of each, [B, H, 2].
+  uint8_t* table = nullptr;
+  float* scale = nullptr;
 };
 
 // The keys to attend to: the first `sink`, the last `window` before lens[b], and the k best between them, of each head
@@ -73,9 +78,53 @@ struct Attend {
   const void* v;  // [B, HK, S, Dv]
   int64_t v_stride[3];
   const int64_t* idx;    // [B, lists, cap] or null: all keys. Checked on CPUs.
-  int64_t lists, cap;    // lists: HK (one for a group) or H
+  int64_t lists, cap;    // lists: HK (one for a group) or H; HK without idx. cap: S without idx
   const int64_t* count;  // [B, lists] with idx, [B] without, or null: cap, or S
   float scale;
   void* out;   // [B, H, Dv]
   float* lse;  // [B, H], natural logarithm
 };
+
+// Rows (a, b) of two halves as (a cos - b sin, b cos + a sin).
+struct Wrope {
+  Type type;
+  int64_t rows, dim;
+  const void* q;  // [rows, dim], rows stride elements apart
+  int64_t stride;
+  const float *cos, *sin;  // [dim / 2]
+  void* out;               // [rows, dim]
+};
+
+// One table a CPU level; csrc/ shares the ranges out among threads. A `pair` is b * HK + hk: a batch and a key head,
+// with the `group` query heads b * H + hk * group + (0 ...) that share its keys, so that each key is read once for all.
+struct Cpu {
+  // What a level lays out anew of a head's codebook and chol, in floats a head (0: nothing), and its making.
+  int64_t (*encode_floats)(const Encode&);
+  void (*encode_prepare)(const Encode&, int64_t head0, int64_t head1);
+  void (*encode)(const Encode&, int64_t pair, int64_t key0, int64_t key1);
+
+  void (*transform)(const Lut&, int64_t query0, int64_t query1);  // q inv of queries b * H + h, to `query`
+  // Entries [row0, row1) of the subspaces * words of a key head, for all batches and heads of its group.
+  void (*lut)(const Lut&, int64_t head, int64_t row0, int64_t row1);
+
+  // Of an 8-bit table as the level reads it: bytes a head, a multiple of 64, and its making for queries b * H + h.
+  int64_t (*table_bytes)(const Score&);
+  void (*table)(const Score&, int64_t query0, int64_t query1);
+  // Codes come from strangers: both give false where one (before lens) is out of range, which they never follow out
+  // of bounds; what they wrote is void then.
+  bool (*score)(const Score&, int64_t pair, int64_t key0, int64_t key1);
+  bool (*topk)(const TopK&, int64_t pair);
+
+  // A `unit` is a list (b * lists + list) and the heads / lists queries that share it. Entries [begin, end) of it,
+  // which is below its count, give a partial result: for each query Dv sums of e^(s - most) v, then their sum of e^(s -
+  // most), then most (-inf of none).
+  void (*attend)(const Attend&, int64_t unit, int64_t begin, int64_t end, float* partial);
+  // Joins `parts` partial results of a unit, which follow each other, into out and lse. In their order.
+  void (*attend_join)(const Attend&, int64_t unit, const float* partials, int64_t parts);
+
+  void (*wrope)(const Wrope&, int64_t row0, int64_t row1);
+};
+
+extern const Cpu cpu_scalar, cpu_avx2, cpu_avx512;
+
+}  // namespace effk::vq
