@@ -35,6 +35,7 @@ class Op:
         reference: the slow, readable implementation.
         fake: output shapes and dtypes.
         triton: "module:function" of the Triton implementation, or None where the op declares none.
+        composite: the reference, made of torch's own kernels, is the implementation on every device.
         setup_context, backward: of autograd, or None for an op without gradients.
     """
 
@@ -43,6 +44,7 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     triton: str | None
+    composite: bool = False
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
 
@@ -92,7 +94,7 @@ def _register(op: Op) -> None:
     torch.library.register_fake(qualified, op.fake)
     if op.backward is not None:
         torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context)
-    _library_impl.impl(op.name, _with_warning(op), "CompositeExplicitAutograd")
+    _library_impl.impl(op.name, op.reference if op.composite else _with_warning(op), "CompositeExplicitAutograd")
     if op.written:
         _library_impl.impl(op.name, _counting_versions(op), "ADInplaceOrView", with_keyset=True)
 
@@ -187,6 +189,8 @@ def backends(op: str) -> tuple[str, ...]:
         those that are here.
     """
     found = find(op)
+    if found.composite:
+        return tuple(name for name in all_backends() if name == "reference")
     return tuple(
         name
         for name in all_backends()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._registry import op
+from .._sums import sum_rows
 from . import reference
 
 TRITON = "effk.kernels.moe.triton"
@@ -105,17 +106,8 @@ def _kept(offsets: Tensor, rows: int) -> Tensor:
 
 
 def _summed(rows: Tensor, place: Tensor, there: Tensor, size: int) -> Tensor:
-    """[size, K] float32: the sum of the rows that go to each place; of those that aren't `there`, nothing.
-
-    In a fixed order on every device: on a GPU index_add adds atomically, while index_put sorts first.
-    """
-    there = there & (place >= 0) & (place < size)  # on a GPU nothing has looked at what place holds
-    place = torch.where(there, place, size).long()
-    rows = torch.where(there[:, None], rows.float(), 0.0)
-    sums = rows.new_zeros(size + 1, rows.shape[1])
-    if rows.device.type == "cpu":
-        return sums.index_add(0, place, rows)[:size]
-    return sums.index_put((place,), rows, accumulate=True)[:size]
+    """[size, K] float32: the sum of the rows that go to each place; of those that aren't `there`, nothing."""
+    return sum_rows(rows.float(), torch.where(there, place, -1), size)
 
 
 def _grad_of_x(grad: Tensor, w: Tensor, offsets: Tensor, gather: Tensor | None, x: Tensor) -> Tensor:

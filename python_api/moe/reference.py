@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import FLOATS, check_tensor
+from .._checks import FLOATS, INDICES, MAX_SIDE, check_choice, check_range, check_sides, check_tensor, within
 
-MAX_SIDE = 2**30  # of a tensor: bounds what sizes can multiply to
 MAX_PAIRS = 2**30  # of a token and an expert
-INDICES = (torch.int32, torch.int64)
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid}
 GEMMS = ("auto", "grouped", "dense")
 TINY = torch.finfo(torch.float32).tiny
@@ -29,18 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 # --- Checks that need no look at the contents ------------------------------------------------------------------------
 
 
-def within(size: int, limit: int) -> bool:
-    """Sizes that torch.export leaves open pass, since they would get limits of their own: the op checks them."""
-    return not isinstance(size, int) or size <= limit
-
-
-def check_sides(op: str, name: str, t: Tensor) -> None:
-    torch._check(
-        all(within(size, MAX_SIDE) for size in t.shape),
-        lambda: f"effk::{op}: {name} has shape {list(t.shape)}; wanted at most 2^30 each way",
-    )
-
-
 def check_rows(op: str, name: str, t: Tensor, most: int) -> None:
     """At least one dimension; at most so many elements (a number of rows that doesn't overflow)."""
     torch._check(t.dim() >= 1, lambda: f"effk::{op}: {name} has shape []; wanted at least one dimension")
@@ -52,11 +38,6 @@ def check_rows(op: str, name: str, t: Tensor, most: int) -> None:
         within(math.prod(t.shape[:-1]), most // max(1, t.shape[-1])),
         lambda: f"effk::{op}: {name} has shape {list(t.shape)}; wanted at most {most} elements",
     )
-
-
-def check_choice(op: str, name: str, value: str, choices: object) -> None:
-    names = [str(c) for c in choices]  # type: ignore[attr-defined]
-    torch._check(value in names, lambda: f"effk::{op}: {name} is {value!r}; wanted one of {', '.join(names)}")
 
 
 def check_weights(op: str, weights: Tensor, like: Tensor) -> None:
@@ -161,12 +142,6 @@ def check_mlp(
 
 
 # --- Checks of the contents ------------------------------------------------------------------------------------------
-
-
-def check_range(op: str, name: str, t: Tensor, least: int, most: int) -> None:
-    wrong = t[(t < least) | (t > most)]
-    if wrong.numel() > 0:
-        raise RuntimeError(f"effk::{op}: {name} holds {int(wrong[0])}; wanted {least} to {most}")
 
 
 def group_ends(op: str, offsets: Tensor, rows: int) -> list[int]:
