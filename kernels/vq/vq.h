@@ -41,23 +41,30 @@ struct Lut {
   float* query = nullptr;  // [B, H, D]: q inv, of a CPU level
 };
 
-// Scores: sums of table entries that the codes name.
+// Scores: sums of table entries that the codes name. With an 8-bit table, in float32 operations as written, rounded one
+// by one (no FMA), so that all back ends agree to the bit:
+//   low[j] = min over c of lut[j, c]; step = (max over j of (max over c of lut[j, c]) - low[j]) / 255
+//   t[j, c] = step > 0 ? min(255, round_half_even((lut[j, c] - low[j]) / step)) : 0
+//   score = step * sum of t + (0 + low[0] + low[1] + ...)
+// A table with NaN or infinity, or an infinite step, gives NaN. At most 256 subspaces, so that sums have 16 bits.
 struct Score {
   int64_t batch, heads, group, keys;  // B, H, H / HK, S
   int64_t subspaces, words;
   const float* lut;  // [B, H, m, words]
   Codes codes;
-  const void* code;     // [B, HK, S, m] or m / 2 bytes
+  const void* code;  // [B, HK, S, m] or m / 2 bytes a key, strides of the first two below, in elements
+  int64_t code_stride[2];
   const int64_t* lens;  // [B] or null: S. Checked.
-  bool int8_table;      // sums of the 8-bit table that quantize_table() makes
-  float* out;           // [B, H, S]; past lens: -inf
+  bool int8_table;
+  float* out;  // [B, H, S]; past lens: -inf
   // Of a CPU level with an 8-bit table: [B, H, Cpu::table_bytes()], and step and base of each, [B, H, 2].
   uint8_t* table = nullptr;
   float* scale = nullptr;
 };
 
 // The keys to attend to: the first `sink`, the last `window` before lens[b], and the k best between them, of each head
-// or of all heads of a group together; ascending, none twice.
+// or of all heads of a group together; ascending, none twice. Of equal scores the first are best (-0 equals 0), and NaN
+// is worse than all numbers. With an 8-bit table keys are compared by the sum of t (0 where the scores are NaN).
 struct TopK {
   Score score;  // without out
   int64_t k, sink, window;
@@ -110,14 +117,14 @@ struct Cpu {
   // Of an 8-bit table as the level reads it: bytes a head, a multiple of 64, and its making for queries b * H + h.
   int64_t (*table_bytes)(const Score&);
   void (*table)(const Score&, int64_t query0, int64_t query1);
-  // Codes come from strangers: both give false where one (before lens) is out of range, which they never follow out
-  // of bounds; what they wrote is void then.
+  // Codes come from strangers: both give false where one that they read is out of range, which they never follow out of
+  // bounds; what they wrote is void then. Codes from lens on aren't looked at.
   bool (*score)(const Score&, int64_t pair, int64_t key0, int64_t key1);
   bool (*topk)(const TopK&, int64_t pair);
 
-  // A `unit` is a list (b * lists + list) and the heads / lists queries that share it. Entries [begin, end) of it,
-  // which is below its count, give a partial result: for each query Dv sums of e^(s - most) v, then their sum of e^(s -
-  // most), then most (-inf of none).
+  // A `unit` is a list (b * lists + list) and the heads / lists queries that share it. Entries [begin, end) of it give
+  // a partial result: for each query Dv sums of e^(s - most) v, the sum of e^(s - most), and most, the largest score s
+  // (-inf of none). A score of -inf adds nothing; NaN and +inf make the sums NaN.
   void (*attend)(const Attend&, int64_t unit, int64_t begin, int64_t end, float* partial);
   // Joins `parts` partial results of a unit, which follow each other, into out and lse. In their order.
   void (*attend_join)(const Attend&, int64_t unit, const float* partials, int64_t parts);

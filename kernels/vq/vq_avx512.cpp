@@ -1,0 +1,9 @@
+// The plain level under this name, until there is better.
+#include "vq.h"
+
+namespace effk::vq {
+
+extern const Cpu cpu_scalar;
+const Cpu cpu_avx512 = cpu_scalar;
+
+}  // namespace effk::vq
