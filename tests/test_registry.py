@@ -19,6 +19,9 @@ from .kit.calls import collect, families
 ROOT = Path(__file__).parents[1]
 
 every_op = pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in _registry.OPS.items()])
+every_op_with_kernels = pytest.mark.parametrize(
+    "op", [pytest.param(op, id=name) for name, op in _registry.OPS.items() if not op.composite]
+)
 
 
 def text_of(*patterns: str) -> str:
@@ -77,7 +80,7 @@ def test_fallback_is_registered(op: Op) -> None:
     assert has_kernel(f"effk::{op.name}", "CompositeExplicitAutograd")
 
 
-@every_op
+@every_op_with_kernels
 def test_cpu_kernel_at_every_level(op: Op) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effk::{op.name}", "CPU")
     levels = [f"cpu-{level}" for level in _library.supported_cpu_levels()]
@@ -86,10 +89,18 @@ def test_cpu_kernel_at_every_level(op: Op) -> None:
         assert list(ROOT.glob(f"kernels/{op.family}/*_{level}.cpp")), f"no kernels/{op.family}/*_{level}.cpp"
 
 
-@every_op
+@every_op_with_kernels
 def test_cuda_kernel_is_registered(op: Op) -> None:
     sources = text_of(f"csrc/{op.family}/*.cu")
     assert re.search(rf'm\.impl\("{op.name}"', sources), f"csrc/{op.family}/*.cu doesn't register {op.name}"
+
+
+@pytest.mark.parametrize("name", [name for name, op in _registry.OPS.items() if op.composite])
+def test_composite_op_is_its_reference_everywhere(name: str) -> None:
+    """And says so."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert not any(has_kernel(f"effk::{name}", key) for key in _registry.DEVICE_KEYS.values())
+    assert effk.backends(name) == ("reference",) and _registry.OPS[name].triton is None
 
 
 @every_op
