@@ -37,6 +37,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -69,6 +70,7 @@ class Variant:
         pointers: dtype behind each pointer argument.
         constants: its constexpr arguments.
         num_warps, num_stages: Triton's options.
+        fused: whether a product and a sum may be rounded together, once.
     """
 
     kernel: Any
@@ -76,13 +78,18 @@ class Variant:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    fused: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fused}
 
     def launch(self, grid: tuple[int, ...], **args: Any) -> None:
         """Runs the kernel on the current stream of the tensors' device."""
         for name, dtype in self.pointers.items():
             assert args[name].dtype == dtype, f"{self}: {name} is {args[name].dtype}"
         with torch.cuda.device_of(args[next(iter(self.pointers))]):
-            self.kernel[grid](**args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[grid](**args, **self.constants, **self.options)
 
     def __str__(self) -> str:
         parts = [*(TYPES[t] for t in self.pointers.values()), *(f"{k}={v}" for k, v in self.constants.items())]
@@ -101,7 +108,7 @@ class Variant:
         return triton.compile(
             ASTSource(self.kernel, signature, self.constants, attributes),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": self.num_warps, "num_stages": self.num_stages},
+            options=self.options,
         )
 
 

@@ -7,6 +7,7 @@ bfloat16 is only moved, and converted by its bits.
 import triton
 import triton.language as tl
 
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -28,6 +29,17 @@ def narrow(x, dtype: tl.constexpr):
         bits = tl.where(x == x, rounded, bits | 0x400000)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def nearest(v):
+    """To the nearest integer, ties to even, of |v| < 2^22."""
+    return (v + ROUND) - ROUND
+
+
+@triton.jit
+def is_finite(v):
+    return (v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..common.triton_aot import Variant, kernel
 from ..common.triton_float import dot, narrow, widen
+from ..common.triton_rows import in_vectors, multiple, row_at, vector
 
 TINY = tl.constexpr(reference.TINY)
 ACTIVATIONS = ("none", *reference.ACTIVATIONS)  # kernels get an index
@@ -31,21 +32,6 @@ GEGLU = tl.constexpr(ACTIVATIONS.index("geglu"))
 GEGLU_TANH = tl.constexpr(ACTIVATIONS.index("geglu_tanh"))
 RELU2 = tl.constexpr(ACTIVATIONS.index("relu2"))
 SOFTMAX = tl.constexpr(tuple(reference.SCORES).index("softmax"))
-
-
-@triton.jit
-def multiple(number, OF: tl.constexpr):
-    """A number that is one already, for the compiler to know."""
-    return number // OF * OF
-
-
-@triton.jit
-def row_at(base, row, stride, VECTOR: tl.constexpr):
-    """Where rows begin. VECTOR: what the stride is a multiple of; where it isn't 1, rows begin at multiples of 16."""
-    pointer = base + row * multiple(stride, VECTOR)
-    if VECTOR > 1:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 # --- Routing ---------------------------------------------------------------------------------------------------------
@@ -473,11 +459,6 @@ def combine(
 # --- Variants --------------------------------------------------------------------------------------------------------
 
 
-def vector(dtype: torch.dtype) -> int:
-    """Numbers in 16 bytes."""
-    return 16 // dtype.itemsize
-
-
 ROUTE = {
     dtype: Variant(
         route,
@@ -637,14 +618,6 @@ def as_int64(t: Tensor) -> Tensor:
 def as_offsets(offsets: Tensor, rows: int) -> Tensor:
     """As int32, in which those that are out of range still are."""
     return (offsets if offsets.dtype == torch.int32 else offsets.clamp(-1, rows).int()).contiguous()
-
-
-def in_vectors(*tensors: Tensor) -> bool:
-    """Whether the rows of all tensors begin and end at multiples of 16 bytes."""
-    return all(
-        t.data_ptr() % 16 == 0 and all(n % vector(t.dtype) == 0 for n in (t.shape[-1], *t.stride()[:-1]))
-        for t in tensors
-    )
 
 
 def moe_route(

@@ -22,29 +22,17 @@ from effk.w4a8.reference import FLOATS, GROUP_SIZES, Packed, ceil_div
 from torch import Tensor
 
 from ..common.triton_aot import Variant, kernel
-from ..common.triton_float import narrow, widen
+from ..common.triton_float import is_finite, narrow, nearest, widen
 
 BLOCK = tl.constexpr(reference.BLOCK)
 CHUNK = tl.constexpr(reference.CHUNK)
 WORD = tl.constexpr(4)  # input features in a word of q8
 TINY = tl.constexpr(reference.TINY)
 NAN = tl.constexpr(float("nan"))
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
 VECTOR = 16  # activations are read in aligned vectors of so many
 
 
 # --- Quantization ----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def nearest(v):
-    """To the nearest integer, ties to even, of |v| < 2^22."""
-    return (v + ROUND) - ROUND
-
-
-@triton.jit
-def is_finite(v):
-    return (v.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit
