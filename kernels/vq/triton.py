@@ -90,7 +90,9 @@ def project(
         x_tile = tl.load(start[:, None] + k[None, :], mask=(row < rows)[:, None] & (k < dim)[None, :], other=0)
         at = matrix + (head * dim + k)[:, None] * dim + n[None, :]
         sum = dot(widen(x_tile), tl.load(at, mask=(k < dim)[:, None] & (n < dim)[None, :], other=0), sum)
-    tl.store(out + (head * rows + row)[:, None] * dim + n[None, :], sum, mask=(row < rows)[:, None] & (n < dim)[None, :])
+    tl.store(
+        out + (head * rows + row)[:, None] * dim + n[None, :], sum, mask=(row < rows)[:, None] & (n < dim)[None, :]
+    )
 
 
 @triton.jit
@@ -656,7 +658,7 @@ ENCODE = {
     (codes, few): Variant(
         encode,
         {"codes": codes, "x": torch.float32, "codebook": torch.float32, "norms": torch.float32},
-        {"ROWS": 64, "WORDS": 16 if few else 64, "TILE_K": 16 if few else 32},
+        {"ROWS": 64 if few else 32, "WORDS": 16 if few else 64, "TILE_K": 16},
     )
     for codes, few in ((torch.uint8, True), (torch.uint8, False), (torch.int16, False))
 }
@@ -847,7 +849,9 @@ def scored(lut: Tensor, codes: Tensor, lens: Tensor, has_lens: bool, table: str,
     step_base = lut.new_empty((batch, all_heads, 2))
     if table == "int8":
         wide, lut = lut, torch.empty_like(lut, dtype=torch.uint8)
-        QUANTIZE.launch((batch * all_heads,), table=lut, step_base=step_base, lut=wide, subspaces=subspaces, words=words)
+        QUANTIZE.launch(
+            (batch * all_heads,), table=lut, step_base=step_base, lut=wide, subspaces=subspaces, words=words
+        )
     variant = SCORE[lut.dtype, codes.dtype, codes.shape[3] != subspaces, 1 if group == 1 else 4]
     parts = triton.cdiv(group, variant.constants["HEADS"])
     variant.launch(
