@@ -247,7 +247,7 @@ def vq_metric(q: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu" and bool(failed.any()):
         raise RuntimeError(f"effk::vq_metric: eps is {eps}, too small to invert the metric of q; wanted more")
     inv = torch.linalg.solve_triangular(chol, eye.expand_as(chol), upper=False).mT
-    return chol.float(), inv.float().contiguous()
+    return chol.float().contiguous(), inv.float().contiguous()
 
 
 def nearest(x: Tensor, words: Tensor) -> Tensor:

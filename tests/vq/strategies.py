@@ -897,7 +897,7 @@ def _invalid() -> dict[str, list[Invalid]]:
                 call, "lut", {"of more batches": (3, 4, 4, 16), "of more subspaces": (2, 4, 5, 16)}, "codes"
             ),
             *_wrong_shapes(call, "lut", {"of more words": (2, 4, 4, 257)}, "codes"),
-            Invalid("lut too tall", call.with_(lut=t.lut[:0].expand(0, FAR, 4, 16)), "lut"),
+            Invalid("lut too tall", call.with_(lut=torch.zeros(0, FAR, 4, 16)), "lut"),
             Invalid(
                 "lut of too many subspaces",
                 int8.with_(lut=torch.zeros(2, 4, 257, 16), codes=torch.zeros(2, 2, 9, 257, dtype=torch.uint8)),
