@@ -63,31 +63,45 @@ def load() -> None:
     cuda.load()
     for function in ("effk_cpu_level", "effk_supported_cpu_level"):
         getattr(cpu.handle, function).restype = ctypes.c_char_p
+        getattr(cpu.handle, function).argtypes = [ctypes.c_char_p]
     cpu.handle.effk_set_cpu_level.argtypes = [ctypes.c_char_p]
     if forced := os.environ.get("EFFK_CPU_LEVEL"):
         set_cpu_level(forced)
 
 
-def current_cpu_level() -> str:
-    """The instruction set that CPU kernels use now: one of `CPU_LEVELS`."""
-    return cpu.handle.effk_cpu_level().decode()
+def current_cpu_level(family: str = "") -> str:
+    """The instruction set that CPU kernels use now: one of `CPU_LEVELS`.
+
+    Args:
+        family: whose kernels. Those of some families need more of AVX-512 than others, the BF16 instructions, and use
+            "avx2" on machines that lack them. Without a family: the level that is allowed to all.
+    """
+    return cpu.handle.effk_cpu_level(family.encode()).decode()
 
 
-def supported_cpu_levels() -> tuple[str, ...]:
-    """The levels that this machine can run, from the slowest on."""
-    best = cpu.handle.effk_supported_cpu_level().decode()
+def supported_cpu_levels(family: str = "") -> tuple[str, ...]:
+    """The levels that this machine can run, from the slowest on; without a family, of any family's kernels."""
+    best = cpu.handle.effk_supported_cpu_level(family.encode()).decode()
     return CPU_LEVELS[: CPU_LEVELS.index(best) + 1]
+
+
+def has_bf16() -> bool:
+    """Whether this machine has level "avx512" and the BF16 instructions, so that every family runs at that level."""
+    return bool(cpu.handle.effk_has_bf16())
 
 
 def set_cpu_level(level: str | None) -> None:
     """Forces the instruction set of the CPU kernels, for the whole process.
+
+    A family whose kernels can't run at the level on this machine, as those that need BF16 instructions at "avx512",
+    uses the best below it: `effk.backends(op)` tells.
 
     Args:
         level: "scalar", "avx2" or "avx512"; None goes back to the best.
 
     Raises:
         ValueError: not a level.
-        RuntimeError: this machine can't run it.
+        RuntimeError: this machine can't run it, whatever the family.
     """
     code = cpu.handle.effk_set_cpu_level((level or "").encode())
     if code == 1:

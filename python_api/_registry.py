@@ -189,13 +189,15 @@ def backends(op: str) -> tuple[str, ...]:
         those that are here.
     """
     found = find(op)
-    if found.composite:
-        return tuple(name for name in all_backends() if name == "reference")
-    return tuple(
-        name
-        for name in all_backends()
-        if (name != "triton" or found.triton) and (name not in EXTRA_BACKENDS or op in EXTRA_BACKENDS[name])
-    )
+
+    def can_run(name: str) -> bool:
+        if found.composite:
+            return name == "reference"
+        if name.startswith("cpu-"):
+            return name.removeprefix("cpu-") in _library.supported_cpu_levels(found.family)
+        return (name != "triton" or found.triton is not None) and op in EXTRA_BACKENDS.get(name, (op,))
+
+    return tuple(name for name in all_backends() if can_run(name))
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:

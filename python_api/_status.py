@@ -14,8 +14,9 @@ def status() -> dict[str, Any]:
     """What was found, and what wasn't and why.
 
     Returns:
-        A dict with `version`, `torch`, `cpu` (processor), `cpu_level`, `cpu_levels`, `threads`, `libraries` (path, or
-        the reason why one is missing), `triton`, `devices` (names of the GPUs) and `backends` (op -> names).
+        A dict with `version`, `torch`, `cpu` (processor), `cpu_level`, `cpu_levels`, `cpu_bf16` (whether all
+        families can run at level avx512, or only those that need no BF16 instructions), `threads`, `libraries` (path,
+        or the reason why one is missing), `triton`, `devices` (names of the GPUs) and `backends` (op -> names).
     """
     from . import __version__
 
@@ -26,6 +27,7 @@ def status() -> dict[str, Any]:
         "cpu": _processor(),
         "cpu_level": _library.current_cpu_level() if loaded else None,
         "cpu_levels": _library.supported_cpu_levels() if loaded else (),
+        "cpu_bf16": loaded and _library.has_bf16(),
         "threads": torch.get_num_threads(),
         "libraries": {"cpu": str(_library.cpu), "cuda": str(_library.cuda)},
         "triton": _triton(),

@@ -83,10 +83,36 @@ def test_fallback_is_registered(op: Op) -> None:
 @every_op_with_kernels
 def test_cpu_kernel_at_every_level(op: Op) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effk::{op.name}", "CPU")
-    levels = [f"cpu-{level}" for level in _library.supported_cpu_levels()]
+    levels = [f"cpu-{level}" for level in _library.supported_cpu_levels(op.family)]
     assert [name for name in effk.backends(op.name) if name.startswith("cpu-")] == levels
     for level in _library.CPU_LEVELS:
         assert list(ROOT.glob(f"kernels/{op.family}/*_{level}.cpp")), f"no kernels/{op.family}/*_{level}.cpp"
+
+
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("forced", _library.supported_cpu_levels())
+def test_avx512_needs_bf16_in_some_families(family: str, forced: str) -> None:
+    """They use AVX2 where it is missing, and nobody is told otherwise."""
+    needs = re.search(r"set\(EFFK_BF16_FAMILIES ([\w ]+)\)", text_of("CMakeLists.txt"))
+    assert needs
+    limited = family in needs[1].split() and not effk.status()["cpu_bf16"]
+    with effk.cpu_level(forced):
+        wanted = "avx2" if limited and forced == "avx512" else forced
+        assert _library.current_cpu_level(family) == wanted and _library.current_cpu_level() == forced
+    for op in (name for name, op in _registry.OPS.items() if op.family == family and not op.composite):
+        if wanted == forced:
+            effk.implementation(op, f"cpu-{forced}")
+        else:
+            with pytest.raises(RuntimeError, match=f"can't run on 'cpu-{forced}' here"):
+                effk.implementation(op, f"cpu-{forced}")
+
+
+def test_bf16_is_what_the_system_says() -> None:
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    if not flags:
+        pytest.skip("Linux on x86 tells the flags")
+    levels = _library.supported_cpu_levels()
+    assert effk.status()["cpu_bf16"] == ("avx512" in levels and "avx512_bf16" in flags[1].split())
 
 
 @every_op_with_kernels

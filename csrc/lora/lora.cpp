@@ -8,10 +8,7 @@
 namespace effk::lora {
 namespace {
 
-const Cpu& cpu() {
-  static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  return *kLevels[static_cast<int>(cpu_level())];
-}
+const Cpu& cpu() { return cpu_kernels<Cpu>("lora", {&cpu_scalar, &cpu_avx2, &cpu_avx512}); }
 
 // How much of the rank each adapter uses.
 class Ranks {

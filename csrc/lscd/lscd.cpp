@@ -13,10 +13,7 @@
 namespace effk::lscd {
 namespace {
 
-const Cpu& cpu() {
-  static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  return *kLevels[static_cast<int>(cpu_level())];
-}
+const Cpu& cpu() { return cpu_kernels<Cpu>("lscd", {&cpu_scalar, &cpu_avx2, &cpu_avx512}); }
 
 // Runs f(strip begin, strip end, status) on all threads; `work` is the operations of a strip. Throws when a tile
 // is corrupt.

@@ -9,10 +9,7 @@
 namespace effk::moe {
 namespace {
 
-const Cpu& cpu() {
-  static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  return *kLevels[static_cast<int>(cpu_level())];
-}
+const Cpu& cpu() { return cpu_kernels<Cpu>("moe", {&cpu_scalar, &cpu_avx2, &cpu_avx512}); }
 
 // What a group's product with a weight takes, in picoseconds of a thread: the calibrated model of both ways.
 struct Costs {
@@ -45,7 +42,7 @@ double dense_cost(const Costs& c, int64_t width, int64_t group_rows, int64_t row
 
 // Which way of multiplying a group's rows with a weight costs less.
 Gemm choose(const Cpu& kernels, Type type, int64_t group_rows, int64_t rows, int64_t cols) {
-  const Costs& c = costs[static_cast<int>(cpu_level())][static_cast<int>(type)];
+  const Costs& c = costs[static_cast<int>(cpu_level("moe"))][static_cast<int>(type)];
   return grouped_cost(c, group_rows, rows, cols) <= dense_cost(c, kernels.width, group_rows, rows, cols) ? Gemm::grouped
                                                                                                          : Gemm::dense;
 }
@@ -293,7 +290,7 @@ STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {
 // those that were there. Not while ops run.
 extern "C" __attribute__((visibility("default"))) int effk_moe_exchange_costs(int type, double* values) {
   using namespace effk;
-  const int level = static_cast<int>(cpu_level());
+  const int level = static_cast<int>(cpu_level("moe"));
   if (type < 0 || type >= moe::kFloats || level == 0) return 1;
   double old[moe::kCosts];
   std::memcpy(old, &moe::costs[level][type], sizeof(old));

@@ -8,10 +8,7 @@
 namespace effk::vq {
 namespace {
 
-const Cpu& cpu() {
-  static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  return *kLevels[static_cast<int>(cpu_level())];
-}
+const Cpu& cpu() { return cpu_kernels<Cpu>("vq", {&cpu_scalar, &cpu_avx2, &cpu_avx512}); }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

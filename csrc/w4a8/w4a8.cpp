@@ -10,10 +10,7 @@
 namespace effk::w4a8 {
 namespace {
 
-const Cpu& cpu() {
-  static constexpr const Cpu* kLevels[] = {&cpu_scalar, &cpu_avx2, &cpu_avx512};
-  return *kLevels[static_cast<int>(cpu_level())];
-}
+const Cpu& cpu() { return cpu_kernels<Cpu>("w4a8", {&cpu_scalar, &cpu_avx2, &cpu_avx512}); }
 
 // Kernels write where perm says.
 void check_perm(const char* op, const Packed& w) {

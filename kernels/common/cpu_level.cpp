@@ -29,11 +29,27 @@ CpuLevel detect() {
   const unsigned ebx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;           // F, DQ, BW, VL
   const unsigned ecx512 = 1u << 1 | 1u << 6 | 1u << 11 | 1u << 12 | 1u << 14;  // VBMI, VBMI2, VNNI, BITALG, VPOPCNTDQ
   if ((xcr0 & 0xe6) != 0xe6 || (b & ebx512) != ebx512 || (c & ecx512) != ecx512) return CpuLevel::avx2;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return CpuLevel::avx2;  // BF16
   return CpuLevel::avx512;
 #else
   return CpuLevel::scalar;
 #endif
+}
+
+bool detect_bf16() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return supported_cpu_level() == CpuLevel::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+#else
+  return false;
+#endif
+}
+
+// What a family can use of a level that the machine has.
+CpuLevel limited(CpuLevel level, const char* family) {
+  if (level == CpuLevel::avx512 && !has_bf16())
+    for (const char* name : {EFFK_BF16_FAMILIES})
+      if (std::strcmp(name, family) == 0) return CpuLevel::avx2;
+  return level;
 }
 
 int index_of(const char* name) {
@@ -65,13 +81,26 @@ CpuLevel cpu_level() {
   return level < 0 ? supported_cpu_level() : static_cast<CpuLevel>(level);
 }
 
+bool has_bf16() {
+  static const bool has = detect_bf16();
+  return has;
+}
+
+CpuLevel supported_cpu_level(const char* family) { return limited(supported_cpu_level(), family); }
+
+CpuLevel cpu_level(const char* family) { return limited(cpu_level(), family); }
+
 const char* cpu_level_name(CpuLevel level) { return kNames[static_cast<int>(level)]; }
 
 }  // namespace effk
 
-extern "C" const char* effk_cpu_level() { return effk::cpu_level_name(effk::cpu_level()); }
+extern "C" const char* effk_cpu_level(const char* family) { return effk::cpu_level_name(effk::cpu_level(family)); }
 
-extern "C" const char* effk_supported_cpu_level() { return effk::cpu_level_name(effk::supported_cpu_level()); }
+extern "C" const char* effk_supported_cpu_level(const char* family) {
+  return effk::cpu_level_name(effk::supported_cpu_level(family));
+}
+
+extern "C" int effk_has_bf16() { return effk::has_bf16(); }
 
 extern "C" int effk_set_cpu_level(const char* name) {
   const int i = *name ? effk::index_of(name) : -1;

@@ -1,4 +1,5 @@
-// The words of vector.h with AVX-512, where products of bfloat16 numbers are made two at a time by vdpbf16ps.
+// The words of vector.h with AVX-512; products of bfloat16 numbers are made two at a time by vdpbf16ps where a file's
+// flags allow that.
 #pragma once
 
 #include "avx512.h"
@@ -33,8 +34,10 @@ inline void store(T* p, V v, int64_t n) {
 
 template <class T>
 constexpr int kOperand = kWidth;
+#ifdef __AVX512BF16__
 template <>
 constexpr int kOperand<BFloat16> = 32;
+#endif
 template <class T>
 inline V operand(const T* p) {
   return load(p);
@@ -43,10 +46,12 @@ template <class T>
 inline V operand(const T* p, int64_t n) {
   return load(p, n);
 }
+inline V dot(V x, V y, V z) { return fma(x, y, z); }
+#ifdef __AVX512BF16__
 inline __m512bh operand(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline __m512bh operand(const BFloat16* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
-inline V dot(V x, V y, V z) { return fma(x, y, z); }
 inline V dot(__m512bh x, __m512bh y, V z) { return _mm512_dpbf16_ps(z, x, y); }
+#endif
 
 inline void store_sums(float* p, const V (&v)[4]) {
   const V ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));

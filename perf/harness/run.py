@@ -62,7 +62,7 @@ class Timed:
 def main_backend(op: str, device: torch.device) -> str:
     """The back end that torch.ops takes on a device."""
     if device.type == "cpu":
-        return f"cpu-{_registry._library.current_cpu_level()}"
+        return f"cpu-{_registry._library.current_cpu_level(_registry.find(op).family)}"
     return next((b for b in ("cuda", "triton") if b in _registry.backends(op)), "reference")
 
 

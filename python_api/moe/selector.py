@@ -47,9 +47,8 @@ def exchange_costs(dtype: torch.dtype, costs: Costs) -> Costs:
     """
     values = (ctypes.c_double * len(NAMES))(*costs)
     if _library.cpu.handle.effk_moe_exchange_costs(FLOATS.index(dtype), values):
-        raise RuntimeError(
-            f"effk: CPU level {_library.current_cpu_level()!r} has one way to multiply; nothing to choose"
-        )
+        level = _library.current_cpu_level("moe")
+        raise RuntimeError(f"effk: CPU level {level!r} has one way to multiply; nothing to choose")
     return tuple(values)
 
 
@@ -89,7 +88,7 @@ def calibrate(
     Raises:
         RuntimeError: the CPU level in force has no choice to make.
     """
-    level = _library.current_cpu_level()
+    level = _library.current_cpu_level("moe")
     found = {}
     for dtype in dtypes:
         exchange_costs(dtype, exchange_costs(dtype, (1.0,) * len(NAMES)))  # raises before anything is measured
@@ -143,7 +142,7 @@ def fit(points: Sequence[Point]) -> Costs:
     read = statistics.median(t for rows, t in grouped if rows == min(r for r, _ in grouped))
     most = max(rows for rows, _ in grouped)
     dot = statistics.median(t / rows for rows, t in grouped if 4 * rows > most)
-    width = {"avx2": 8, "avx512": 16}.get(_library.current_cpu_level(), 1)
+    width = {"avx2": 8, "avx512": 16}.get(_library.current_cpu_level("moe"), 1)
     dense = [p for p in points if p[0] == "dense"]
     times = torch.tensor([t for *_, t in dense], dtype=torch.float64)
     terms = torch.tensor([[n, n * math.ceil(rows / width), x] for _, rows, n, x, _ in dense], dtype=torch.float64)
@@ -173,7 +172,7 @@ def load() -> None:
         levels = read(cache_file()).get(machine(), {})
     except RuntimeError:  # there is no home
         return
-    for level in _library.supported_cpu_levels()[1:]:  # the scalar one has no choice
+    for level in _library.supported_cpu_levels("moe")[1:]:  # the scalar one has no choice
         for dtype in FLOATS:
             costs = levels.get(level, {}).get(str(dtype).removeprefix("torch."))
             if costs is None:

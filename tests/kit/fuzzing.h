@@ -34,16 +34,16 @@ struct Arguments {
 };
 
 template <class Cpu>
-Arguments<Cpu> arguments(int argc, char** argv, const Cpu* const (&levels)[3]) {
+Arguments<Cpu> arguments(const char* family, int argc, char** argv, const Cpu* const (&levels)[3]) {
   if (argc != 4) {
     std::fprintf(stderr, "usage: %s LEVEL CASES SEED\n", argv[0]);
     std::exit(2);
   }
   Arguments<Cpu> found{nullptr, std::strtoll(argv[2], nullptr, 10), Random(std::strtoull(argv[3], nullptr, 10))};
-  for (int i = 0; i <= static_cast<int>(supported_cpu_level()); ++i)
+  for (int i = 0; i <= static_cast<int>(supported_cpu_level(family)); ++i)
     if (std::string(argv[1]) == cpu_level_name(static_cast<CpuLevel>(i))) found.cpu = levels[i];
   if (!found.cpu) {
-    std::fprintf(stderr, "this machine has no level %s\n", argv[1]);
+    std::fprintf(stderr, "this machine has no level %s of %s\n", argv[1], family);
     std::exit(2);
   }
   return found;

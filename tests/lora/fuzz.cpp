@@ -320,7 +320,7 @@ int64_t run_apply(const Case& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>("lora", argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   int64_t merged = 0, applied = 0, of_tame = 0;
   for (int64_t i = 0; i < cases; ++i) {
     Case c{random,

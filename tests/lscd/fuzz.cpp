@@ -212,7 +212,7 @@ void run_pack(Random& random, const Cpu& cpu, const Shape& shape, Type type, boo
 }  // namespace
 
 int main(int argc, char** argv) {
-  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>("lscd", argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   int64_t valid_cases = 0, corrupt_cases = 0, refused = 0;
   while (valid_cases + corrupt_cases < cases) {
     const bool guarded = random() & 1;

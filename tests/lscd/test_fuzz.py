@@ -1,7 +1,7 @@
 """Corrupt bitmaps, offsets and values never make the CPU kernels leave their buffers."""
 
-import effk
 import pytest
+from effk import _library
 
 from ..kit import fuzz
 
@@ -11,7 +11,7 @@ SEED = 1
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("fuzz")  # the first one compiles
-@pytest.mark.parametrize("level", effk.status()["cpu_levels"])
+@pytest.mark.parametrize("level", _library.supported_cpu_levels("lscd"))
 def test_ten_thousand_corrupt_cases(level: str) -> None:
     words = fuzz.run(fuzz.build("lscd"), level, CASES, SEED).split()
     valid, corrupt = int(words[1]), int(words[3])

@@ -501,7 +501,7 @@ bool run_combine(const Case& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>("moe", argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   int64_t linear = 0, mlp = 0, wgrad = 0, route = 0, combine = 0, tame = 0;
   for (int64_t i = 0; i < cases; ++i) {
     const Case c{random, *cpu, pick(random, {Type::f32, Type::f16, Type::bf16}), below(random, 4) != 0,

@@ -15,7 +15,7 @@ from effk.moe import selector
 
 from ..kit.tensors import same_bits
 
-LEVELS = _library.supported_cpu_levels()[1:]  # the scalar one has no choice
+LEVELS = _library.supported_cpu_levels("moe")[1:]  # the scalar one has no choice
 NEVER = 1e30  # a cost
 
 

@@ -310,7 +310,7 @@ void run_salience(Random& random, const Cpu& cpu, const Shape& s, bool tame, boo
 }  // namespace
 
 int main(int argc, char** argv) {
-  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>(argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
+  auto [cpu, cases, random] = effk::fuzz::arguments<Cpu>("w4a8", argc, argv, {&cpu_scalar, &cpu_avx2, &cpu_avx512});
   constexpr int64_t kRows[] = {0, 1, 2, 15, 16, 17, 31, 33, 50, 70},
                     kCols[] = {0,  1,  3,  4,  5,   7,   8,   9,   12,  31,  32, 33,
                                60, 63, 64, 65, 100, 127, 128, 129, 200, 257, 300},
