@@ -126,6 +126,10 @@ EFFK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selecto
 // The low halves of two registers in one.
 EFFK_DEVICE uint32_t join_halves(uint32_t low, uint32_t high) { return permute_bytes(low, high, 0x5410); }
 
+// Each rounded on its own: never joined to one multiply-add.
+EFFK_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+EFFK_DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
+
 // Two floats rounded to a register of two 16-bit floats, the first one in the low half.
 template <class X>
 EFFK_DEVICE uint32_t pack_pair(float low, float high) {

@@ -126,6 +126,9 @@ EFFK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selecto
 
 EFFK_DEVICE uint32_t join_halves(uint32_t low, uint32_t high) { return permute_bytes(low, high, 0x5410); }
 
+EFFK_DEVICE float product(float a, float b) { return a * b; }  // compiled without FMA
+EFFK_DEVICE float sum(float a, float b) { return a + b; }
+
 template <class X>
 EFFK_DEVICE uint32_t pack_pair(float low, float high) {
   X a, b;

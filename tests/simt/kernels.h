@@ -71,6 +71,23 @@ const char* moe_combine(int type, MoeMatrix y, int64_t tokens, int64_t k, Indice
 const char* moe_mlp(int type, MoeMatrix x, MoeWeights w13, MoeWeights w2, int64_t k, Indices ids, Address weights,
                     int activation, int gemm, Address y, int num_sms);
 
+// Sizes in the order of vq.h's structs; codes: a vq::Codes.
+const char* vq_encode(int type, std::vector<int64_t> sizes, Address keys, std::vector<int64_t> strides,
+                      Address codebook, Address chol, int codes, Address out);
+const char* vq_lut(int type, std::vector<int64_t> sizes, Address q, std::vector<int64_t> strides, Address codebook,
+                   Address inv, Address out);
+// sizes, lut, codes: which and where and strides, lens, whether tables have 8 bits.
+using VqScores = std::tuple<std::vector<int64_t>, Address, int, Address, std::vector<int64_t>, Indices, bool>;
+const char* vq_score(VqScores s, Address out, int num_sms);
+const char* vq_topk(VqScores s, int64_t k, int64_t sink, int64_t window, bool union_group, int64_t cap, Address idx,
+                    Address count, int num_sms);
+// Address and strides.
+using VqRows = std::pair<Address, std::vector<int64_t>>;
+const char* vq_attend(int type, std::vector<int64_t> sizes, VqRows q, VqRows k, VqRows v, Indices idx, Indices count,
+                      double scale, Address out, Address lse, int num_sms);
+const char* vq_wrope(int type, int64_t rows, int64_t dim, Address q, int64_t stride, Address cos, bool cos_float,
+                     Address sin, bool sin_float, Address out);
+
 // The kernels of wrappers.cpp and planted.cpp, by name.
 const char* wrappers(const std::string& name, Address a, Address b, Address c);
 const char* planted(const std::string& name, Address in, Address out);

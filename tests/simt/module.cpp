@@ -71,6 +71,12 @@ PYBIND11_MODULE(effk_simt, m) {
   EFFK_DEF(moe_grouped_wgrad);
   EFFK_DEF(moe_combine);
   EFFK_DEF(moe_mlp);
+  EFFK_DEF(vq_encode);
+  EFFK_DEF(vq_lut);
+  EFFK_DEF(vq_score);
+  EFFK_DEF(vq_topk);
+  EFFK_DEF(vq_attend);
+  EFFK_DEF(vq_wrope);
 #undef EFFK_DEF
   m.def("wrappers", &call<&wrappers, const std::string&, Address, Address, Address>);
   m.def("planted", &call<&planted, const std::string&, Address, Address>);
