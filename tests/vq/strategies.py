@@ -443,18 +443,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, unit: float)
     most = scores.max()
     moved = abs(scale) * dots.error[0] + 4 * unit * scores.abs()
     moved = moved + unit * (4 * (scores.abs() + most.abs()) + 16)
-    loss = moved.expm1()
     weights = (scores - most).exp()
+    loss = (scores - most + moved).exp() - weights
     total = weights.sum()
     sums = roundings(n + 8, unit)
-    of_total = (weights * loss).sum() + sums * (weights * (1 + loss)).sum() + n * FLUSH
-    sized = (weights * (1 + loss)) @ v.abs()
-    of_sum = (weights * loss) @ v.abs() + sums * sized + FLUSH * (v.abs().sum(0) + 1)
+    of_total = loss.sum() + sums * (weights + loss).sum() + n * FLUSH
+    of_sum = loss @ v.abs() + sums * ((weights + loss) @ v.abs()) + FLUSH * (v.abs().sum(0) + 1)
     value = weights @ v / total
     error = (of_sum + value.abs() * of_total) / (total - of_total).clamp(min=1e-30) + 4 * unit * value.abs() + UNDERFLOW
     peak = torch.where(total > 2 * of_total, v.abs().sum(0), torch.inf)
     lse = most + total.log()
-    of_lse = of_total / (total - of_total).clamp(min=1e-30) + (moved * weights).sum() / total
+    of_lse = (of_total / (total - of_total).clamp(min=1e-30)).clamp(max=moved.max() + math.log(n))
     of_lse = of_lse + unit * (4 * most.abs() + 4 * total.log().abs() + 8) + UNDERFLOW
     return Bounded(value, error, peak, unit), Bounded(lse, of_lse, torch.zeros_like(lse), unit)
 
