@@ -2,10 +2,10 @@
 
 Rows of keys or queries are multiplied by their head's matrix first, into float32; the nearest words and the tables are
 products of such rows with the codebook. Scores are written out, and `vq_topk` looks for the k-th best of them digit by
-digit: each pass counts the next 8 bits of those scores that share the digits before, and what those counts say is worked
-out again by every program of the next pass. Prefix sums over blocks of keys then give each chosen key its place.
-`vq_attend` shares out the keys among programs, and a second kernel merges their results in order. Only integers are
-added up atomically, and nothing waits for the device.
+digit: each pass counts the next 8 bits of those scores that share the digits before, and what those counts say is
+worked out again by every program of the next pass. Prefix sums over blocks of keys then give each chosen key its
+place. `vq_attend` shares out the keys among programs, and a second kernel merges their results in order. Only integers
+are added up atomically, and nothing waits for the device.
 
 Compiled ahead of time for three architectures, and run in Triton's interpreter. On a GPU the choice of tiles, the speed
 and the capture into CUDA graphs are unverified.
@@ -947,7 +947,9 @@ def vq_attend(
     for name, t in (("k", k), ("v", v)):
         torch._check(
             t.device == q.device or t.is_pinned(),
-            lambda: f"effk::vq_attend: {name} is in memory of the CPU that isn't pinned; wanted {q.device}, or pinned",
+            lambda name=name: (
+                f"effk::vq_attend: {name} is in memory of the CPU that isn't pinned; wanted {q.device}, or pinned"
+            ),
         )
     batch, all_heads, dim = q.shape
     heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]

@@ -195,7 +195,7 @@ BLOCK = kernels.CHOOSE.constants["KEYS"]
 
 def listed(scores: Tensor, k: int, **options: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """vq_topk's result and the reference's for these scores [B, H, keys]: one subspace, each key with its own word."""
-    batch, heads, keys = scores.shape
+    batch, _, keys = scores.shape
     lut = scores[:, :, None].contiguous()
     codes = torch.arange(keys).to(torch.int16).view(1, 1, keys, 1).expand(batch, 1, keys, 1)
     return run("vq_topk", lut, codes, k, **options), reference.vq_topk(lut, codes, k, **options)
