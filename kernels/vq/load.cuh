@@ -13,6 +13,8 @@ EFFK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b)
 EFFK_HD constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 EFFK_HD constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
+constexpr int kMostShared = 96 << 10;  // of a block: less than any GPU has
+
 // A contiguous int32 or int64 tensor, or none.
 struct Indices {
   const void* data;

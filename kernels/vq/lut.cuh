@@ -78,8 +78,6 @@ lut_kernel(EFFK_GRID_CONSTANT(Lut) p) {
   }
 }
 
-constexpr int kMostShared = 96 << 10;  // on every GPU
-
 inline gpu::Error launch_lut(const Lut& p, gpu::Stream stream) {
   const int64_t words = p.subspaces * p.words, heads = p.heads / max_of(1, p.group), rows = p.batch * p.group;
   if (words == 0 || heads == 0 || rows == 0) return nullptr;

@@ -3,7 +3,7 @@
 // memory. With 8-bit tables a word there has the entries of four heads, so that one load serves them all; 16 words of a
 // sub-vector are in 16 different banks, and no load waits for another one.
 //
-// A packed key of 16 codes is 8 bytes; it takes about 75 instructions for four heads, which is what limits the rate on
+// A packed key of 16 codes is 8 bytes; for four heads it takes about 100 instructions, which is what limits the rate on
 // GPUs with 4 TB/s. Nothing of this has been measured on a GPU.
 #pragma once
 
@@ -12,12 +12,10 @@
 namespace effk::vq {
 
 constexpr int kScoreThreads = 256, kScoreHeads = 4;
-constexpr int kThreadKeys = 4;                                     // at a time
-constexpr int kStepKeys = kScoreThreads * kThreadKeys;             // of a block
-constexpr int kBinBits = 12, kBins = 1 << kBinBits;                // of a histogram
-constexpr int kMostChunk = 1 << 15;                                // keys of a block: fits 16 bits
-constexpr int kRowUnit = 32;                                       // rows of ranks are as many, or several times
-constexpr int kMostTable = 64 << 10, kHistogramBytes = kBins * 2;  // of shared memory; of a head
+constexpr int kThreadKeys = 4;                          // at a time
+constexpr int kStepKeys = kScoreThreads * kThreadKeys;  // of a block
+constexpr int kBinBits = 12, kBins = 1 << kBinBits;     // of a histogram
+constexpr int kRowUnit = 32;                            // rows of ranks are as many, or several times
 
 // What scores are made of and what becomes of them.
 struct ScoreArgs {
@@ -182,10 +180,9 @@ struct ByteSums {
     all += v;
     odd += gpu::permute_bytes(v, 0, 0x4341);
   }
-  EFFK_DEVICE uint32_t sum(int head) const {
-    const uint32_t pair = head % 2 ? odd : all - (odd << 8);
-    return head / 2 ? pair >> 16 : pair & 0xffff;
-  }
+  // Of heads 0 and 2, or 1 and 3.
+  EFFK_DEVICE uint32_t pair(int head) const { return head % 2 ? odd : all - (odd << 8); }
+  EFFK_DEVICE uint32_t sum(int head) const { return head / 2 ? pair(head) >> 16 : pair(head) & 0xffff; }
   EFFK_DEVICE uint32_t rank(int head) const { return sum(head); }
   EFFK_DEVICE float score(int head, float step, float base) const {
     return gpu::sum(gpu::product(step, static_cast<float>(sum(head))), base);
@@ -266,13 +263,12 @@ enum class Load { pair, pieces, each };
 
 // A block has a chunk of the keys of a (batch, key head) and a tile of its heads. kIsShared: the tables are copied to
 // shared memory.
-template <Codes kCodes, class Sums, Load kLoad, bool kIsShared>
-EFFK_KERNEL(kScoreThreads, 4)
+template <Codes kCodes, class Sums, Load kLoad, bool kIsShared, bool kIsRanked>
+EFFK_KERNEL(kScoreThreads, 3)
 score_kernel(EFFK_GRID_CONSTANT(ScoreArgs) p) {
   constexpr int kHeads = Sums::kHeads;
   constexpr bool kIsByte = std::is_same_v<Sums, ByteSums>;
   const Score& a = p.a;
-  const bool ranks = a.out == nullptr;
   const int64_t chunks = ceil_div(a.keys, p.chunk), tiles = ceil_div(a.group, kHeads);
   const int64_t chunk = blockIdx.x % chunks, tile = blockIdx.x / chunks % tiles, row = blockIdx.x / chunks / tiles;
   const int64_t batch = row / p.key_heads(), first = row * a.group + tile * kHeads;
@@ -281,9 +277,9 @@ score_kernel(EFFK_GRID_CONSTANT(ScoreArgs) p) {
   const Middle middle = middle_of(p, batch);
 
   // Keys to look at, and results to write: ranks of whole rows of 32, so that they can be read in pieces.
-  int64_t begin = chunk * p.chunk, end = min_of(begin + p.chunk, ranks ? p.rank_stride : a.keys);
-  const int64_t from = ranks ? middle.begin : 0, to = ranks ? middle.end : middle.length;
-  if (ranks) {
+  int64_t begin = chunk * p.chunk, end = min_of(begin + p.chunk, kIsRanked ? p.rank_stride : a.keys);
+  const int64_t from = kIsRanked ? middle.begin : 0, to = kIsRanked ? middle.end : middle.length;
+  if constexpr (kIsRanked) {
     begin = max_of(begin, from / kRowUnit * kRowUnit);
     end = min_of(end, round_up(to, kRowUnit));
   }
@@ -312,15 +308,14 @@ score_kernel(EFFK_GRID_CONSTANT(ScoreArgs) p) {
     table = {reinterpret_cast<const char*>(a.lut + first * entries), static_cast<int>(entries * 4),
              static_cast<int>(a.words * 4), static_cast<int>(a.words) - 1};
   }
-  // Two bins of 16 bits a word.
   auto* const bins = reinterpret_cast<uint32_t*>(shared + (kIsShared ? (kIsByte ? 1 : kHeads) * table.bytes : 0));
-  if (ranks)
-    for (int i = threadIdx.x; i < heads * kBins / 2; i += kScoreThreads) bins[i] = 0;
+  if constexpr (kIsRanked)
+    for (int i = threadIdx.x; i < heads * kBins; i += kScoreThreads) bins[i] = 0;
   float step[kHeads], base[kHeads];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    step[h] = kIsByte && h < heads ? p.lines[(first + h) * 2] : 0;
-    base[h] = kIsByte && h < heads ? p.lines[(first + h) * 2 + 1] : 0;
+    step[h] = kIsByte && !kIsRanked && h < heads ? p.lines[(first + h) * 2] : 0;
+    base[h] = kIsByte && !kIsRanked && h < heads ? p.lines[(first + h) * 2 + 1] : 0;
   }
   gpu::sync_block();
 
@@ -334,24 +329,36 @@ score_kernel(EFFK_GRID_CONSTANT(ScoreArgs) p) {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       if (h >= heads) continue;
-      if (!ranks) {
+      if constexpr (!kIsRanked) {
         a.out[(first + h) * a.keys + key] = is_in ? sums.score(h, step[h], base[h]) : -INFINITY;
-        continue;
+      } else {
+        const uint32_t rank = is_in ? sums.rank(h) : 0;
+        const int64_t at = (first + h) * p.rank_stride + key;
+        if constexpr (kIsByte)
+          static_cast<uint16_t*>(p.ranks)[at] = static_cast<uint16_t>(rank);
+        else
+          static_cast<uint32_t*>(p.ranks)[at] = rank;
+        if (is_in) gpu::atomic_add(&bins[h * kBins + (rank >> p.shift)], 1u);
       }
-      const uint32_t rank = is_in ? sums.rank(h) : 0;
-      const int64_t at = (first + h) * p.rank_stride + key;
-      if constexpr (kIsByte)
-        static_cast<uint16_t*>(p.ranks)[at] = static_cast<uint16_t>(rank);
-      else
-        static_cast<uint32_t*>(p.ranks)[at] = rank;
-      const uint32_t bin = rank >> p.shift;
-      if (is_in) gpu::atomic_add(&bins[(h * kBins + bin) / 2], bin % 2 ? 1u << 16 : 1u);
+    }
+  };
+  // Of two neighbours in the middle, whose ranks are bins.
+  const auto finish_pair = [&](int64_t key, const ByteSums& one, const ByteSums& two) {
+    uint16_t* const ranks = static_cast<uint16_t*>(p.ranks) + first * p.rank_stride + key;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      if (h >= heads) continue;
+      *reinterpret_cast<uint32_t*>(ranks + h * p.rank_stride) =
+          gpu::permute_bytes(one.pair(h), two.pair(h), h / 2 ? 0x7632 : 0x5410);
+      gpu::atomic_add(&bins[h * kBins + one.sum(h)], 1u);
+      gpu::atomic_add(&bins[h * kBins + two.sum(h)], 1u);
     }
   };
 #pragma unroll 1
   for (int64_t at = begin; at < end; at += kStepKeys) {
     if constexpr (kLoad == Load::pair) {
       constexpr int kPairs = kThreadKeys / 2;
+      const bool is_inner = at >= from && at + kStepKeys <= to;
       uint4 loaded[kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
@@ -365,6 +372,11 @@ score_kernel(EFFK_GRID_CONSTANT(ScoreArgs) p) {
         Sums one, two;
         add_piece<kCodes>(one, table, 0, {loaded[i].x, loaded[i].y});
         add_piece<kCodes>(two, table, 0, {loaded[i].z, loaded[i].w});
+        if constexpr (kIsRanked && kIsByte)
+          if (is_inner) {
+            finish_pair(key, one, two);
+            continue;
+          }
         finish(key, one);
         finish(key + 1, two);
       }
@@ -389,13 +401,10 @@ score_kernel(EFFK_GRID_CONSTANT(ScoreArgs) p) {
       }
     }
   }
-  if (!ranks) return;
-  gpu::sync_block();
-  for (int i = threadIdx.x; i < heads * kBins / 2; i += kScoreThreads) {
-    const uint32_t two = bins[i];
-    uint32_t* const of = p.bins + first * kBins + 2 * i;
-    if (two & 0xffff) gpu::atomic_add(&of[0], two & 0xffff);
-    if (two >> 16) gpu::atomic_add(&of[1], two >> 16);
+  if constexpr (kIsRanked) {
+    gpu::sync_block();
+    for (int i = threadIdx.x; i < heads * kBins; i += kScoreThreads)
+      if (bins[i]) gpu::atomic_add(&p.bins[first * kBins + i], bins[i]);
   }
 }
 
@@ -424,46 +433,51 @@ inline gpu::Error launch_tables(const ScoreArgs& p, gpu::Stream stream) {
 }
 
 template <Codes kCodes, class Sums, Load kLoad, bool kIsShared>
-gpu::Error launch_score_of(const ScoreArgs& p, gpu::Stream stream) {
-  constexpr int kTables = !kIsShared ? 0 : std::is_same_v<Sums, ByteSums> ? 1 : Sums::kHeads;
+gpu::Error launch_score_of(const ScoreArgs& p, int64_t bytes, gpu::Stream stream) {
   const int64_t blocks = p.a.batch * p.key_heads() * ceil_div(p.a.group, Sums::kHeads) * ceil_div(p.a.keys, p.chunk);
-  const int64_t bytes =
-      kTables * p.a.subspaces * p.stride() * 4 + (p.a.out ? 0 : min_of(Sums::kHeads, p.a.group) * kHistogramBytes);
-  return gpu::launch(score_kernel<kCodes, Sums, kLoad, kIsShared>, dim3(static_cast<unsigned>(blocks)), kScoreThreads,
-                     static_cast<int>(bytes), stream, p);
+  return gpu::launch(p.a.out ? score_kernel<kCodes, Sums, kLoad, kIsShared, false>
+                             : score_kernel<kCodes, Sums, kLoad, kIsShared, true>,
+                     dim3(static_cast<unsigned>(blocks)), kScoreThreads, static_cast<int>(bytes), stream, p);
 }
 
 template <Codes kCodes>
 gpu::Error launch_score_codes(const ScoreArgs& p, gpu::Stream stream) {
   const Score& a = p.a;
-  const int64_t key_bytes = p.key_bytes(), bytes = a.subspaces * p.stride() * 4;  // of one table
+  const int64_t key_bytes = p.key_bytes();
   const auto is_aligned = [&](int64_t unit) {
     const int64_t size = kCodes == Codes::i16 ? 2 : 1;
     return reinterpret_cast<uintptr_t>(a.code) % unit == 0 && a.code_stride[0] * size % unit == 0 &&
            a.code_stride[1] * size % unit == 0;
   };
   const bool pieces = key_bytes % 8 == 0 && is_aligned(8);
+  // Bytes of shared memory with so many tables there, and histograms of so many heads.
+  const auto bytes = [&](int64_t tables, int64_t heads) {
+    return tables * a.subspaces * p.stride() * 4 + (a.out ? 0 : min_of(heads, a.group) * kBins * 4);
+  };
   if (a.int8_table) {
-    if (bytes > kMostTable) return launch_score_of<kCodes, ByteSums, Load::each, false>(p, stream);
+    const int64_t all = bytes(1, kScoreHeads);
+    if (all > kMostShared)
+      return launch_score_of<kCodes, ByteSums, Load::each, false>(p, bytes(0, kScoreHeads), stream);
     if (key_bytes == 8 && is_aligned(16) && a.keys % 2 == 0)
-      return launch_score_of<kCodes, ByteSums, Load::pair, true>(p, stream);
-    if (pieces) return launch_score_of<kCodes, ByteSums, Load::pieces, true>(p, stream);
-    return launch_score_of<kCodes, ByteSums, Load::each, true>(p, stream);
+      return launch_score_of<kCodes, ByteSums, Load::pair, true>(p, all, stream);
+    if (pieces) return launch_score_of<kCodes, ByteSums, Load::pieces, true>(p, all, stream);
+    return launch_score_of<kCodes, ByteSums, Load::each, true>(p, all, stream);
   }
-  if (a.group > 1 && kScoreHeads * bytes <= kMostTable) {
-    if (pieces) return launch_score_of<kCodes, FloatSums<4>, Load::pieces, true>(p, stream);
-    return launch_score_of<kCodes, FloatSums<4>, Load::each, true>(p, stream);
+  if (const int64_t all = bytes(kScoreHeads, kScoreHeads); a.group > 1 && all <= kMostShared) {
+    if (pieces) return launch_score_of<kCodes, FloatSums<kScoreHeads>, Load::pieces, true>(p, all, stream);
+    return launch_score_of<kCodes, FloatSums<kScoreHeads>, Load::each, true>(p, all, stream);
   }
-  if (bytes > kMostTable) return launch_score_of<kCodes, FloatSums<1>, Load::each, false>(p, stream);
-  if (pieces) return launch_score_of<kCodes, FloatSums<1>, Load::pieces, true>(p, stream);
-  return launch_score_of<kCodes, FloatSums<1>, Load::each, true>(p, stream);
+  const int64_t all = bytes(1, 1);
+  if (all > kMostShared) return launch_score_of<kCodes, FloatSums<1>, Load::each, false>(p, bytes(0, 1), stream);
+  if (pieces) return launch_score_of<kCodes, FloatSums<1>, Load::pieces, true>(p, all, stream);
+  return launch_score_of<kCodes, FloatSums<1>, Load::each, true>(p, all, stream);
 }
 
-// Keys of a block, such that all multiprocessors have several.
+// Keys of a block, such that all blocks run at once, if they aren't very few keys then.
 inline int64_t score_chunk(const Score& a, int num_sms) {
-  const int64_t rows = a.batch * (a.heads / a.group) * ceil_div(a.group, kScoreHeads), blocks = 4 * int64_t{num_sms};
+  const int64_t rows = a.batch * (a.heads / a.group) * ceil_div(a.group, kScoreHeads), blocks = 3 * int64_t{num_sms};
   const int64_t keys = ceil_div(a.keys, max_of(1, blocks / max_of(1, rows)));
-  return min_of(kMostChunk, max_of(round_up(keys, kStepKeys), 2 * kStepKeys));
+  return max_of(round_up(keys, kStepKeys), 2 * kStepKeys);
 }
 
 // Without tables, which launch_tables() has made.

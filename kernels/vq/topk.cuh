@@ -104,7 +104,8 @@ mark_kernel(EFFK_GRID_CONSTANT(TopKArgs) p) {
   constexpr int kKeys = 8, kPieces = kKeys * sizeof(Rank) / 16;
   const int64_t units = p.s.rank_stride / kKeys, all = p.s.a.batch * p.s.a.heads * units;
   const int64_t step = int64_t{gridDim.x} * kMarkThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kMarkThreads + threadIdx.x; i < all; i += step) {
+  // From the end, which was written last and may still be in the cache.
+  for (int64_t i = all - 1 - int64_t{blockIdx.x} * kMarkThreads - threadIdx.x; i >= 0; i -= step) {
     const int64_t head = i / units, first = i % units * kKeys;
     const Middle middle = middle_of(p.s, head / p.s.a.heads);
     uint32_t above = 0, equal = 0;
