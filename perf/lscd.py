@@ -7,6 +7,7 @@ float64 one rounded once to its type, whatever the back end; every entry of it i
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -48,6 +49,11 @@ class Weight:
         if key not in self.layouts:
             self.layouts[key] = make()
         return self.layouts[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        """Without CSR, whose storage torch can't copy: it is made again where a peer wants it."""
+        layouts = {k: v for k, v in self.layouts.items() if k != "csr"}
+        return Weight(*copy.deepcopy((self.w, self.scale, layouts), memo))
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.layout("packed", lambda: effk.lscd.pack(self.w))

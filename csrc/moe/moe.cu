@@ -39,7 +39,7 @@ Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, con
   p.bias = call.args.bias;
   p.out_type = call.args.out_type;
   const int num_sms = cuda::num_sms(op, x);
-  cuda::check(op, launch_product<LinearKind>(p, choose_gemm(p, num_sms), num_sms, cuda::current_stream(x)));
+  cuda::check(op, launch_product<LinearKind>(p, choose_tiling(p, nullptr, num_sms), num_sms, cuda::current_stream(x)));
   return call.y;
 }
 

@@ -360,38 +360,54 @@ product_kernel(EFFK_GRID_CONSTANT(Product) p) {
 
 // --- Host side ---
 
+// A 64 x 64 tile for rows that aren't aligned, and for the others:
+enum class Tiling { few, some, many };  // rows an expert
+
 template <class X>
 struct Tiles {
-  // Few rows an expert: what is limited is the memory's rate, and many small copies are on their way.
-  using Grouped = MmaTile<X, 16, 64, 1, 4, 6, 3>;
-  using Dense = MmaTile<X, 128, 128, 2, 4, 3, 2>;
-  using Ragged = MmaTile<X, 64, 64, 2, 2, 3, 3>;  // what isn't aligned
+  using Few = MmaTile<X, 16, 64, 1, 4, 6, 3>;  // many small copies are on their way
+  using Some = MmaTile<X, 64, 128, 2, 4, 3, 2>;
+  using Many = MmaTile<X, 128, 256, 2, 4, 3, 1>;
+  using Ragged = MmaTile<X, 64, 64, 2, 2, 3, 3>;
 };
 template <>
 struct Tiles<float> {
-  using Grouped = FmaTile<16, 64, 2, 4, 6, 3>;
-  using Dense = FmaTile<128, 64, 8, 4, 3, 2>;
+  using Few = FmaTile<16, 64, 2, 4, 6, 3>;
+  using Some = FmaTile<64, 64, 8, 4, 3, 3>;
+  using Many = FmaTile<128, 64, 8, 4, 3, 2>;
   using Ragged = FmaTile<64, 64, 8, 4, 3, 3>;
 };
 
-// Whether tiles of many rows take less time, by the mean number of rows of an expert: in clocks of one multiprocessor
-// with two assumptions, that weights come from memory at 20 bytes a clock, and that tiles of 16 and of 128 rows do 400
-// and 900 multiplications of 16 bits a clock, as shared memory allows.
-inline Gemm choose_gemm(const Product& p, int num_sms) {
+// The tiling that takes the least time by the mean number of rows of an expert, of all or of a gemm's: in clocks of one
+// multiprocessor, to which memory brings 20 bytes a clock and the L2 cache 18 bytes of tiles, and whose tensor cores do
+// `rate` multiplications of 16 bits a clock on a tile, as far as shared memory allows.
+inline Tiling choose_tiling(const Product& p, const Gemm* gemm, int num_sms) {
+  if (gemm && *gemm == Gemm::dense) return Tiling::many;
+  constexpr struct {
+    Tiling tiling;
+    int64_t rows, cols;
+    double rate;
+  } kTilings[] = {{Tiling::few, 16, 64, 500}, {Tiling::some, 64, 128, 1000}, {Tiling::many, 128, 256, 1200}};
   const double experts = static_cast<double>(min_of(p.groups.experts, p.groups.rows));
-  if (experts == 0) return Gemm::grouped;
-  const int64_t rows = ceil_div(p.groups.rows, static_cast<int64_t>(experts));
-  const double outputs = static_cast<double>(p.cols) * (p.is_gated ? 2 : 1), depth = static_cast<double>(p.in.cols);
-  const double size = static_cast<double>(type_size(p.in.type));
-  const auto clocks = [&](int64_t tile_rows, int64_t tile_cols, double rate) {
-    const double tiles = experts * static_cast<double>(ceil_div(rows, tile_rows)) *
-                         static_cast<double>(ceil_div(static_cast<int64_t>(outputs), tile_cols));
-    const double of_each = tiles / num_sms < 1 ? 1 : tiles / num_sms;  // a tile isn't shared out
-    const double work = of_each * static_cast<double>(tile_rows * tile_cols) * depth / rate;
-    const double memory = experts * outputs * depth * size / 20 / num_sms;
-    return work > memory ? work : memory;
-  };
-  return clocks(128, 128, 900) < clocks(16, 64, 400) ? Gemm::dense : Gemm::grouped;
+  if (experts == 0) return Tiling::few;
+  const int64_t rows = ceil_div(p.groups.rows, static_cast<int64_t>(experts)), outputs = p.cols * (p.is_gated ? 2 : 1);
+  const double depth = static_cast<double>(p.in.cols), size = static_cast<double>(type_size(p.in.type));
+  const double memory = experts * static_cast<double>(outputs) * depth * size / 20 / num_sms;
+  Tiling best{};
+  double least = INFINITY;
+  for (const auto& t : kTilings) {
+    if (gemm && t.tiling == Tiling::many) continue;
+    const double tiles = experts * static_cast<double>(ceil_div(rows, t.rows) * ceil_div(outputs, t.cols));
+    const double product = static_cast<double>(t.rows * t.cols) / t.rate;
+    const double copy = static_cast<double>(t.rows + t.cols) * size / 18;
+    const double of_each = tiles < num_sms ? 1 : tiles / num_sms;  // a tile isn't shared out
+    const double work = of_each * depth * (product > copy ? product : copy);
+    const double clocks = work > memory ? work : memory;
+    if (clocks >= least) continue;
+    least = clocks;
+    best = t.tiling;
+  }
+  return best;
 }
 
 template <class T, class Kind, bool kWide>
@@ -406,23 +422,26 @@ gpu::Error launch_product_of(const Product& p, int num_sms, gpu::Stream stream) 
 }
 
 template <class Kind, class X>
-gpu::Error launch_product_of(const Product& p, Gemm gemm, int num_sms, gpu::Stream stream) {
+gpu::Error launch_product_of(const Product& p, Tiling tiling, int num_sms, gpu::Stream stream) {
   const int64_t size = sizeof(X), w_rows = p.cols * (p.is_gated ? 2 : 1);
   const bool wide = begin_aligned(p.in.x, p.x_rows, p.in.x_stride, size) &&
                     begin_aligned(p.in.w, w_rows, p.in.w_stride, size) &&
                     begin_aligned(p.in.w, p.groups.experts, p.in.w_expert, size) && p.in.cols * size % kPieceBytes == 0;
   if (!wide) return launch_product_of<typename Tiles<X>::Ragged, Kind, false>(p, num_sms, stream);
-  if (gemm == Gemm::dense) return launch_product_of<typename Tiles<X>::Dense, Kind, true>(p, num_sms, stream);
-  return launch_product_of<typename Tiles<X>::Grouped, Kind, true>(p, num_sms, stream);
+  switch (tiling) {
+    case Tiling::few: return launch_product_of<typename Tiles<X>::Few, Kind, true>(p, num_sms, stream);
+    case Tiling::some: return launch_product_of<typename Tiles<X>::Some, Kind, true>(p, num_sms, stream);
+    default: return launch_product_of<typename Tiles<X>::Many, Kind, true>(p, num_sms, stream);
+  }
 }
 
 template <class Kind>
-gpu::Error launch_product(const Product& p, Gemm gemm, int num_sms, gpu::Stream stream) {
+gpu::Error launch_product(const Product& p, Tiling tiling, int num_sms, gpu::Stream stream) {
   if (p.groups.rows == 0 || p.cols == 0 || p.groups.count() == 0) return nullptr;
   switch (p.in.type) {
-    case Type::f32: return launch_product_of<Kind, float>(p, gemm, num_sms, stream);
-    case Type::f16: return launch_product_of<Kind, Half>(p, gemm, num_sms, stream);
-    default: return launch_product_of<Kind, BFloat16>(p, gemm, num_sms, stream);
+    case Type::f32: return launch_product_of<Kind, float>(p, tiling, num_sms, stream);
+    case Type::f16: return launch_product_of<Kind, Half>(p, tiling, num_sms, stream);
+    default: return launch_product_of<Kind, BFloat16>(p, tiling, num_sms, stream);
   }
 }
 

@@ -68,7 +68,7 @@ inline gpu::Error launch_mlp(const MlpArgs& p, const Gemm* gemm, void* workspace
   up.is_gated = is_gated(p.activation);
   up.y = m.h;
   up.activation = p.activation;
-  if (gpu::Error e = launch_product<UpKind>(up, gemm ? *gemm : choose_gemm(up, num_sms), num_sms, stream)) return e;
+  if (gpu::Error e = launch_product<UpKind>(up, choose_tiling(up, gemm, num_sms), num_sms, stream)) return e;
 
   Product down{};
   down.in = p.second;
@@ -81,8 +81,7 @@ inline gpu::Error launch_mlp(const MlpArgs& p, const Gemm* gemm, void* workspace
   down.y = m.weighted;
   down.weight = p.weights;
   down.pair = m.perm;
-  if (gpu::Error e = launch_product<DownKind>(down, gemm ? *gemm : choose_gemm(down, num_sms), num_sms, stream))
-    return e;
+  if (gpu::Error e = launch_product<DownKind>(down, choose_tiling(down, gemm, num_sms), num_sms, stream)) return e;
 
   CombineArgs sum{};
   sum.a = {p.first.type, p.tokens, p.pairs, p.rows, m.weighted, p.rows, nullptr, nullptr, p.y};

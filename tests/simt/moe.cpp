@@ -33,7 +33,7 @@ gpu::Error moe_sort(Indices ids, int64_t pairs, int64_t experts, Address perm, A
 }
 
 gpu::Error moe_grouped_gemm(int type, MoeMatrix x, MoeWeights w, Indices offsets, int64_t rows, Indices gather,
-                            Address bias, int out_type, Address y, int gemm, int num_sms) {
+                            Address bias, int out_type, Address y, int tiling, int num_sms) {
   moe::Product p{};
   const auto& [x_rows, cols, x_data, x_stride] = x;
   const auto& [experts, w_rows, w_data, w_expert, w_stride] = w;
@@ -53,8 +53,8 @@ gpu::Error moe_grouped_gemm(int type, MoeMatrix x, MoeWeights w, Indices offsets
   p.y = pointer(y);
   p.bias = pointer<const void>(bias);
   p.out_type = static_cast<Type>(out_type);
-  return moe::launch_product<moe::LinearKind>(p, gemm < 0 ? choose_gemm(p, num_sms) : static_cast<moe::Gemm>(gemm),
-                                              num_sms, 0);
+  return moe::launch_product<moe::LinearKind>(
+      p, tiling < 0 ? choose_tiling(p, nullptr, num_sms) : static_cast<moe::Tiling>(tiling), num_sms, 0);
 }
 
 gpu::Error moe_grouped_wgrad(int type, MoeMatrix grad, MoeMatrix x, Indices offsets, int64_t experts, Indices gather,

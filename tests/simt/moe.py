@@ -12,8 +12,8 @@ from . import Device, module, number_of_type
 
 # Of devices that there might be: blocks that take all tiles, some of them, and one each.
 NUM_SMS = (1, 2, 132)
-# Of moe_grouped_gemm, which has no such argument: what is chosen, and each of the two.
-GEMMS = ("auto", "grouped", "dense")
+# Of moe_grouped_gemm, which has no such argument: what is chosen, and each of the three.
+TILINGS = ("auto", "few", "some", "many")
 
 Matrix = tuple[int, int, int, int]
 Weights = tuple[int, int, int, int, int]
@@ -44,6 +44,10 @@ def _num_sms(*tensors: Tensor) -> int:
 
 def _gemm(name: str) -> int:
     return reference.GEMMS.index(name) - 1
+
+
+def _tiling(name: str) -> int:
+    return ("auto", "few", "some", "many").index(name) - 1
 
 
 def moe_route(
@@ -104,7 +108,7 @@ def moe_grouped_gemm(
             device.input("bias", None if bias is None else bias.contiguous()),
             number_of_type(y),
             device.output("y", y),
-            _gemm(GEMMS[(rows + sum(w.shape)) % len(GEMMS)]),
+            _tiling(TILINGS[(rows + sum(w.shape)) % len(TILINGS)]),
             _num_sms(x, w),
         )
     return y

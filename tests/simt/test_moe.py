@@ -18,21 +18,21 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SIMT = Backend("simt")
 
 # Several tiles each way, cut ones, an expert without rows and rows of no expert, and more steps than there are stages.
-# Rows of whole pieces of 16 bytes, tiles of 16 and of 128 rows; others.
+# Rows of whole pieces of 16 bytes, tiles of 16, 64 and 128 rows; others.
 PRODUCTS = {
-    "wide": Grouped((33, 0, 130, 2), 136, 456, past=19),
+    "wide": Grouped((33, 0, 130, 2), 264, 264, past=19),
     "few columns": Grouped((1, 17, 3), 8, 8),
     "ragged": Grouped((65, 0, 3), 67, 101, past=70),
 }
 
 
-@pytest.mark.parametrize("gemm", ["grouped", "dense"])
+@pytest.mark.parametrize("tiling", ["few", "some", "many"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_tiles_of_products(product: str, dtype: torch.dtype, gemm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_products(product: str, dtype: torch.dtype, tiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks with many tiles and with one, which give the same bits."""
     case = replace(PRODUCTS[product], dtype=dtype, gather="repeats", with_bias=True)
-    monkeypatch.setattr(moe, "GEMMS", (gemm,) * 3)
+    monkeypatch.setattr(moe, "TILINGS", (tiling,))
     results = []
     for num_sms in (1, 132):
         monkeypatch.setattr(moe, "NUM_SMS", (num_sms,) * 3)
@@ -141,7 +141,7 @@ def test_routes_to_many_experts(experts: int, k: int, ties: bool) -> None:
 
 # Whole tiles of both kinds, more than one each way, whose weights and rows are made of aligned pieces; and others.
 MLPS = {
-    "wide": Mlp(136, 72, experts=3, lead=(70,), pairs=3),
+    "wide": Mlp(264, 136, experts=3, lead=(70,), pairs=3),
     "ragged": Mlp(67, 35, experts=3, lead=(70,), pairs=3),
     "one expert": Mlp(72, 136, experts=1, lead=(150,), pairs=1, none=0.0),
 }
