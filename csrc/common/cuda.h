@@ -45,6 +45,14 @@ inline int num_sms(const char* op, const Tensor& t) {
   return n;
 }
 
+// Of shared memory, that a block may have.
+inline int most_shared_bytes(const char* op, const Tensor& t) {
+  int n = 0;
+  const cudaError_t e = cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index());
+  EFFK_CHECK(e == cudaSuccess, op, "CUDA: ", cudaGetErrorString(e));
+  return n;
+}
+
 // Of a launcher: null or what went wrong.
 inline void check(const char* op, const char* error) { EFFK_CHECK(!error, op, "CUDA: ", error); }
 

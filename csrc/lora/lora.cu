@@ -54,7 +54,7 @@ void merge(const char* op, const MergeCall& call, const Tensor& ids, const std::
   args.rank = static_cast<int>(call.rank);
   args.in_place = !call.with_base;
   cuda::check(op, launch_merge(args, call.type, call.layers.data(), static_cast<int64_t>(call.layers.size()),
-                               cuda::num_sms(op, ids), cuda::current_stream(ids)));
+                               cuda::num_sms(op, ids), cuda::most_shared_bytes(op, ids), cuda::current_stream(ids)));
 }
 
 void merge_(TensorList w, TensorList a, TensorList b, Tensor ids, Tensor gates, std::optional<TensorList> base,

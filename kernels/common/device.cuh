@@ -77,6 +77,8 @@ EFFK_DEVICE void take_shared(uint32_t& v, uint32_t& address, uint32_t present) {
 // 16 aligned bytes that nothing writes during the kernel, to be read again soon or only once.
 EFFK_DEVICE uint4 load_reused(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 EFFK_DEVICE uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+// Stores 16 aligned bytes that nobody needs soon.
+EFFK_DEVICE void store_once(void* p, const uint4& v) { __stcs(static_cast<uint4*>(p), v); }
 
 // Copies 16 (or 4) aligned bytes from global to shared memory. A thread's copies up to async_commit() are a group, and
 // async_wait<N>() waits until all but its latest N groups are complete, and only for the thread's own copies.

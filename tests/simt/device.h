@@ -73,6 +73,10 @@ EFFK_DEVICE uint4 load_once(const void* p, Site site = Site::current()) {
   simt::check_aligned(p, 16, "load_once", site);
   return *static_cast<const uint4*>(p);
 }
+EFFK_DEVICE void store_once(void* p, const uint4& v, Site site = Site::current()) {
+  simt::check_aligned(p, 16, "store_once", site);
+  *static_cast<uint4*>(p) = v;
+}
 
 template <int kBytes = 16>
 EFFK_DEVICE void async_copy(void* to_shared, const void* from, Site site = Site::current()) {

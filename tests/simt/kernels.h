@@ -47,7 +47,7 @@ using LoraLayer = std::tuple<Address, Address, Address, Address, int64_t, int64_
 // ids, gates, how many, and the sign of the gates.
 using LoraPairs = std::tuple<Indices, Address, int64_t, float>;
 const char* lora_merge(int type, std::vector<LoraLayer> layers, std::vector<LoraPairs> lists, Indices ranks,
-                       double scale, int64_t adapters, int64_t rank, int num_sms);
+                       double scale, int64_t adapters, int64_t rank, int num_sms, int most_shared);
 // adapters, rank, cols, rows; y_in may be 0.
 const char* lora_apply(int type, int64_t tokens, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, Address x,
                        int64_t x_stride, Address a, Address b, Indices ids, Address gates, int64_t pairs, Indices ranks,

@@ -16,7 +16,7 @@ lora::Indices indices(const Indices& v) { return {pointer<const void>(std::get<0
 }  // namespace
 
 gpu::Error lora_merge(int type, std::vector<LoraLayer> layers, std::vector<LoraPairs> lists, Indices ranks,
-                      double scale, int64_t adapters, int64_t rank, int num_sms) {
+                      double scale, int64_t adapters, int64_t rank, int num_sms, int most_shared) {
   std::vector<lora::Layer> all;
   for (const auto& [w, base, a, b, rows, cols, layer_rank, w_stride, base_stride] : layers)
     all.push_back({pointer(w), pointer(base), pointer(a), pointer(b), rows, cols, layer_rank, w_stride, base_stride});
@@ -30,7 +30,8 @@ gpu::Error lora_merge(int type, std::vector<LoraLayer> layers, std::vector<LoraP
   args.adapters = static_cast<int>(adapters);
   args.rank = static_cast<int>(rank);
   args.in_place = !all.empty() && !all[0].base;
-  return launch_merge(args, static_cast<Type>(type), all.data(), static_cast<int64_t>(all.size()), num_sms, 0);
+  return launch_merge(args, static_cast<Type>(type), all.data(), static_cast<int64_t>(all.size()), num_sms, most_shared,
+                      0);
 }
 
 gpu::Error lora_apply(int type, int64_t tokens, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, Address x,

@@ -13,6 +13,8 @@ from . import Device, module, number_of_type
 
 # Of devices that there might be: blocks that take all tiles, some of them, and one each.
 NUM_SMS = (1, 3, 132)
+# Of shared memory that a block may have: bytes of sm_86, sm_80 and sm_90.
+MOST_SHARED = (99 << 10, 163 << 10, 227 << 10)
 # Of lora_apply's launches: blocks that take several items, and one each.
 MOST_BLOCKS = (3, 1 << 20)
 
@@ -66,8 +68,10 @@ def _merge(
             for name, ids, gates, sign in lists
         ]
         sizes = a[0].shape[0], max(t.shape[1] for t in a)
-        num_sms = NUM_SMS[sum(t.shape[0] + t.shape[1] for t in w) % len(NUM_SMS)]
-        how = _indices(device, "ranks", ranks), scale, *sizes, num_sms
+        drawn = sum(t.shape[0] + t.shape[1] for t in w)
+        num_sms = NUM_SMS[drawn % len(NUM_SMS)]
+        most_shared = MOST_SHARED[drawn // len(NUM_SMS) % len(MOST_SHARED)]
+        how = _indices(device, "ranks", ranks), scale, *sizes, num_sms, most_shared
         module().lora_merge(number_of_type(w[0]), layers, pairs, *how)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 SIMT = Backend("simt")
 
-# Layers of one launch: several tiles of 64 x 128 each way, whole and cut, with one column or row, without any; ranks of
+# Layers of one launch: several tiles of 64 x 256 (128 of float32) each way, whole and cut, with one column or row, without any; ranks of
 # several steps, cut ones, others that aren't a multiple of what is loaded at once, and 0.
 LAYERS = {
     "wide": ((64, 128, 16), (130, 264, 8), (65, 136, 40), (1, 8, 4)),
@@ -37,6 +37,30 @@ def test_layers_of_one_launch(layers: str, dtype: torch.dtype, num_sms: int, mon
     with seeded(num_sms):
         got = case.merge(SIMT)
     for i, (exact, w) in enumerate(zip(case.exact(SIMT.unit), got, strict=True)):
+        exact.assert_holds(w, f"layer {i}")
+
+
+@pytest.mark.parametrize("most_shared", lora.MOST_SHARED)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_more_ranks_than_shared_memory_has(
+    dtype: torch.dtype, most_shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a, which a block then reads for each tile anew; the last layer has few of them."""
+    monkeypatch.setattr(lora, "NUM_SMS", (2,))
+    monkeypatch.setattr(lora, "MOST_SHARED", (most_shared,))
+    pairs = ((2, 0.7), (0, -1.3), (1, 0.25), (3, 1.0))
+    case = Merge(((130, 264, 88), (67, 40, 8)), pairs=pairs, adapters=4, ranks=(88, 88, 70, 88), dtype=dtype)
+    for i, (exact, w) in enumerate(zip(case.exact(SIMT.unit), case.merge(SIMT), strict=True)):
+        exact.assert_holds(w, f"layer {i}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rank", [0, 4, 24])
+def test_many_tiles_below_each_other(rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are on their way at a time."""
+    monkeypatch.setattr(lora, "NUM_SMS", (1,))
+    case = Merge(((64 * 9 + 7, 16, rank), (64 * 5, 8, 16)), pairs=PAIRS, dtype=dtype)
+    for i, (exact, w) in enumerate(zip(case.exact(SIMT.unit), case.merge(SIMT), strict=True)):
         exact.assert_holds(w, f"layer {i}")
 
 
