@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 SIMT = Backend("simt")
 
-# Layers of one launch: several tiles of 64 x 256 (128 of float32) each way, whole and cut, with one column or row, without any; ranks of
-# several steps, cut ones, others that aren't a multiple of what is loaded at once, and 0.
+# Layers of one launch: several tiles of 64 x 256 (128 of float32) each way, whole and cut, with one column or row,
+# without any; ranks of several steps, cut ones, others that aren't a multiple of what is loaded at once, and 0.
 LAYERS = {
     "wide": ((64, 128, 16), (130, 264, 8), (65, 136, 40), (1, 8, 4)),
     "ragged": ((67, 129, 5), (64, 256, 16), (0, 30, 3), (1, 1, 1), (129, 3, 33), (20, 0, 2), (33, 300, 0)),
