@@ -39,6 +39,54 @@ EFFK_DEVICE void store_lse(const Attend& a, int64_t head, Softmax s) {
   a.lse[head] = s.sum == 0 ? -INFINITY : s.most + logf(s.sum);
 }
 
+// Scores of a team's keys, for each of them those of all queries. Each lane has a part of every sum at first; once
+// these are added up, a lane has kOwn scores, which follow each other, of one key. If there are fewer scores than
+// lanes, several lanes have the same.
+template <int kTeam, int kQueries>
+struct TeamScores {
+  static constexpr int kCount = kTeamKeys * kQueries, kOwn = kCount > kTeam ? kCount / kTeam : 1;
+
+  // Adds up: lanes that differ in a bit send each other half of what they have, and keep the sums of the other half.
+  template <int kBy = 1>
+  EFFK_DEVICE static void add_up(float (&v)[kCount]) {
+    if constexpr (kBy < kTeam) {
+      constexpr int kHalf = kCount / kBy / 2;
+      if constexpr (kHalf > 0) {
+        const bool is_upper = threadIdx.x & kBy;
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+          const float low = v[i], high = v[i + kHalf];
+          v[i] = (is_upper ? high : low) + gpu::shuffle_xor(is_upper ? low : high, kBy);
+        }
+      } else {
+        v[0] += gpu::shuffle_xor(v[0], kBy);
+      }
+      add_up<2 * kBy>(v);
+    }
+  }
+  // The number of a lane's first score.
+  EFFK_DEVICE static int first(int lane) {
+    int at = 0;
+#pragma unroll
+    for (int by = 1; by < kTeam && by < kCount; by *= 2) at += lane & by ? kCount / by / 2 : 0;
+    return at;
+  }
+  // Score i, or what goes with it, for all lanes of the team.
+  EFFK_DEVICE static float get(const float (&own)[kOwn], int i) {
+    int lane = 0;
+#pragma unroll
+    for (int by = 1; by < kTeam && by < kCount; by *= 2) lane += i / (kCount / by / 2) % 2 ? by : 0;
+    const int team = threadIdx.x % gpu::kWarp / kTeam * kTeam;
+    return float_of(gpu::shuffle(bits_of(own[i % kOwn]), team + lane));
+  }
+  // Over the keys, whose number is in the two lowest bits of lanes.
+  template <class F>
+  EFFK_DEVICE static float join_keys(float v, const F& f) {
+    v = f(v, gpu::shuffle_xor(v, 1));
+    return f(v, gpu::shuffle_xor(v, 2));
+  }
+};
+
 // kTeam lanes are a team, kQueries queries share rows.
 template <class X, int kTeam, int kQueries>
 EFFK_KERNEL(kAttendThreads, kQueries > 4 ? 2 : 3)
@@ -79,13 +127,15 @@ attend_kernel(EFFK_GRID_CONSTANT(AttendArgs) p) {
   const int64_t share = round_up(ceil_div(count, p.splits), kTeams * kTeamKeys);
   const int64_t begin = split * share, end = min_of(begin + share, count);
 
-  float most[kQueries], sum[kQueries], sums[kQueries][kValues];
+  // Of each query the weighted sum of values, and what a lane's own scores have come to.
+  using Scores = TeamScores<kTeam, kQueries>;
+  constexpr int kOwn = Scores::kOwn;
+  const int own_score = Scores::first(lane), own_key = own_score / kQueries, own_query = own_score % kQueries;
+  float most[kOwn], sum[kOwn], sums[kQueries][kValues] = {};
 #pragma unroll
-  for (int h = 0; h < kQueries; ++h) {
-    most[h] = -INFINITY;
-    sum[h] = 0;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) sums[h][i] = 0;
+  for (int i = 0; i < kOwn; ++i) {
+    most[i] = -INFINITY;
+    sum[i] = 0;
   }
   const auto load_key = [&](int32_t key, int piece) {
     return load_piece(keys + key * a.k_stride[2] + piece * kValues, key >= 0 ? dim - piece * kValues : 0, p.k_wide);
@@ -117,7 +167,7 @@ attend_kernel(EFFK_GRID_CONSTANT(AttendArgs) p) {
       value[i] = load_piece(values + key[i] * a.v_stride[2], key[i] >= 0 ? a.value_dim - col : 0, p.v_wide);
     look(from + kTeams * kTeamKeys);
 
-    float scores[kTeamKeys][kQueries] = {};
+    float scores[Scores::kCount] = {};
 #pragma unroll 1
     for (int piece = lane;;) {
       if (piece < pieces) {
@@ -131,10 +181,11 @@ attend_kernel(EFFK_GRID_CONSTANT(AttendArgs) p) {
             const float4 y = *reinterpret_cast<const float4*>(given + h * pitch + piece * kValues + d);
 #pragma unroll
             for (int i = 0; i < kTeamKeys; ++i) {
-              scores[i][h] = fmaf(x[i][d], y.x, scores[i][h]);
-              scores[i][h] = fmaf(x[i][d + 1], y.y, scores[i][h]);
-              scores[i][h] = fmaf(x[i][d + 2], y.z, scores[i][h]);
-              scores[i][h] = fmaf(x[i][d + 3], y.w, scores[i][h]);
+              float& score = scores[i * kQueries + h];
+              score = fmaf(x[i][d], y.x, score);
+              score = fmaf(x[i][d + 1], y.y, score);
+              score = fmaf(x[i][d + 2], y.z, score);
+              score = fmaf(x[i][d + 3], y.w, score);
             }
           }
       }
@@ -143,44 +194,47 @@ attend_kernel(EFFK_GRID_CONSTANT(AttendArgs) p) {
 #pragma unroll
       for (int i = 0; i < kTeamKeys; ++i) row[i] = load_key(key[i], piece);
     }
+    Scores::add_up(scores);
+    bool is_there = false;
 #pragma unroll
-    for (int i = 0; i < kTeamKeys; ++i)
+    for (int i = 0; i < kTeamKeys; ++i) is_there = i == own_key ? key[i] >= 0 : is_there;
+    float weight[kOwn], factor[kOwn];
 #pragma unroll
-      for (int h = 0; h < kQueries; ++h) {
-#pragma unroll
-        for (int by = 1; by < kTeam; by *= 2) scores[i][h] += gpu::shuffle_xor(scores[i][h], by);
-        scores[i][h] = key[i] >= 0 ? scores[i][h] * a.scale : -INFINITY;
-      }
+    for (int i = 0; i < kOwn; ++i) {
+      const float score = is_there ? scores[i] * a.scale : -INFINITY;
+      const auto larger = [](float u, float v) { return v > u ? v : u; };
+      const float higher = larger(most[i], Scores::join_keys(score > -INFINITY ? score : -INFINITY, larger));
+      weight[i] = exponential(score, higher);
+      factor[i] = exponential(most[i], higher);
+      sum[i] = fmaf(sum[i], factor[i], weight[i]);
+      most[i] = higher;
+    }
 #pragma unroll
     for (int h = 0; h < kQueries; ++h) {
-      float higher = most[h];
+      const float by = Scores::get(factor, h);
 #pragma unroll
-      for (int i = 0; i < kTeamKeys; ++i) higher = scores[i][h] > higher ? scores[i][h] : higher;
-      const float factor = exponential(most[h], higher);
-      most[h] = higher;
-      sum[h] *= factor;
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) sums[h][i] *= factor;
-#pragma unroll
-      for (int i = 0; i < kTeamKeys; ++i) {
-        scores[i][h] = exponential(scores[i][h], higher);
-        sum[h] += scores[i][h];
-      }
+      for (int i = 0; i < kValues; ++i) sums[h][i] *= by;
     }
 #pragma unroll
     for (int i = 0; i < kTeamKeys; ++i) {
       float x[kValues];
       to_floats<X>(value[i], x);
 #pragma unroll
-      for (int h = 0; h < kQueries; ++h)
+      for (int h = 0; h < kQueries; ++h) {
+        const float by = Scores::get(weight, i * kQueries + h);
 #pragma unroll
-        for (int d = 0; d < kValues; ++d) sums[h][d] = fmaf(scores[i][h], x[d], sums[h][d]);
+        for (int d = 0; d < kValues; ++d) sums[h][d] = fmaf(by, x[d], sums[h][d]);
+      }
     }
   }
 
 #pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const float all = Scores::join_keys(sum[i], [](float u, float v) { return u + v; });
+    if (own_key == 0 && lane < Scores::kCount) softmaxes[team][own_query + i] = {most[i], all};
+  }
+#pragma unroll
   for (int h = 0; h < kQueries; ++h) {
-    if (lane == 0) softmaxes[team][h] = {most[h], sum[h]};
 #pragma unroll
     for (int i = 0; i < kValues; ++i) team_sums[(team * kQueries + h) * kCols + lane * kValues + i] = sums[h][i];
   }
