@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from effk._registry import find
 
 from .harness import page, table
 from .harness.machine import facts, measure_limits
@@ -71,7 +72,9 @@ def progress(total: int, wanted: bool) -> Iterator[Any]:
 
 
 def default_device(problems: Sequence[Problem]) -> str:
-    if torch.cuda.is_available() and all(main_backend(p.op, torch.device("cuda")) != "reference" for p in problems):
+    if torch.cuda.is_available() and all(
+        find(p.op).composite or main_backend(p.op, torch.device("cuda")) != "reference" for p in problems
+    ):
         return "cuda"
     return "cpu"
 

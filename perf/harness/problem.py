@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +73,9 @@ class Work:
         dtype: of the arithmetic, which picks the machine's rate.
         graph: whether a CUDA graph can capture effk's op.
         written: of an op that returns nothing: its arguments -> what it has written.
+        steps: of work that takes several ops: (name of an op -> that op on the back end, inputs) -> the call. Back ends
+            are those of the problem's op, which the others need to have as well; `arguments` isn't asked then.
+        quality: what the result is worth where that isn't "right": recall and the like, shown beside the times.
     """
 
     inputs: Any
@@ -83,6 +86,8 @@ class Work:
     dtype: torch.dtype
     graph: bool = True
     written: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    steps: Callable[[Callable[[str], Callable[..., Any]], Any], Call] | None = None
+    quality: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class ProblemEntry:
     goals: list[GoalEntry]
     missing: dict[str, str]  # candidate -> why it has no time
     wrong: dict[str, str]  # candidate -> what is wrong with its result, or how effk failed
+    quality: dict[str, float] = field(default_factory=dict)  # what the right result is worth: recall and the like
 
     def find(self, name: str) -> Entry | None:
         return next((e for e in self.entries if e.name == name), None)

@@ -61,23 +61,32 @@ class Timed:
 
 def main_backend(op: str, device: torch.device) -> str:
     """The back end that torch.ops takes on a device."""
+    if _registry.find(op).composite:
+        return "reference"
     if device.type == "cpu":
         return f"cpu-{_registry._library.current_cpu_level(_registry.find(op).family)}"
     return next((b for b in ("cuda", "triton") if b in _registry.backends(op)), "reference")
 
 
 def _backends(op: str, device: torch.device) -> list[str]:
-    """All but the reference, which is there to be read."""
+    """All but the reference, which is there to be read, unless it is the implementation."""
+    if _registry.find(op).composite:
+        return ["reference"]
     prefixes = ("cpu-",) if device.type == "cpu" else ("cuda", "triton")
     return [b for b in _registry.backends(op) if b.startswith(prefixes)]
 
 
 def _effk(problem: Problem, work: Work, backend: str, device: torch.device) -> Candidate:
     main = backend == main_backend(problem.op, device)
-    # The plain op where it takes this back end anyway: a forced CPU level costs microseconds a call.
-    function = _registry.find(problem.op).overload if main else _registry.implementation(problem.op, backend)
+
+    def op(name: str) -> Callable[..., Any]:
+        # The plain op where it takes this back end anyway: a forced CPU level costs microseconds a call.
+        return _registry.find(name).overload if main else _registry.implementation(name, backend)
 
     def make(inputs: Any) -> Call:
+        if work.steps is not None:
+            return work.steps(op, inputs)
+        function = op(problem.op)
         args, kwargs = work.arguments(inputs)
         if work.written is None:
             return lambda: function(*args, **kwargs)
@@ -239,4 +248,5 @@ class Runner:
             ],
             missing=missing,
             wrong=wrong,
+            quality=dict(work.quality),
         )

@@ -73,14 +73,20 @@ def varying(problems: Sequence[ProblemEntry]) -> list[str]:
 
 def _table(problems: Sequence[ProblemEntry]) -> Table:
     sizes, peers = varying(problems), rivals(problems)
+    quality = unique(name for p in problems for name in p.quality)
     same = [f"{key} {value}" for key, value in problems[0].size.items() if key not in sizes]
     rows = [
-        [*(Cell(str(p.size.get(key, ""))) for key in sizes), *_own_cells(p, e), *(_ratio(p, e, name) for name in peers)]
+        [
+            *(Cell(str(p.size.get(key, ""))) for key in sizes),
+            *(Cell(f"{p.quality[name]:.3g}" if name in p.quality else "") for name in quality),
+            *_own_cells(p, e),
+            *(_ratio(p, e, name) for name in peers),
+        ]
         for p in problems
         for e in p.entries
         if e.kind == "effk"
     ]
-    header = [*sizes, "back end", "time", "spread", "of the limit", *peers]
+    header = [*sizes, *quality, "back end", "time", "spread", "of the limit", *peers]
     return Table("  ".join([problems[0].op, *same]), header, rows)
 
 
