@@ -106,7 +106,7 @@ def _attend_backward(ctx: Any, of_out: Tensor, of_lse: Tensor) -> tuple[Tensor |
     batch, key_heads, keys = k.shape[:3]
     scale = q.shape[2] ** -0.5 if ctx.scale is None else ctx.scale
     lists, cap = (key_heads, keys) if idx is None else idx.shape[1:]
-    ends = keys if count is None and idx is None else cap if count is None else count.reshape(batch, -1, 1)
+    ends = cap if count is None else count[:, None, None] if idx is None else count[..., None]
     there = (torch.arange(cap, device=q.device) < ends).expand(batch, lists, cap)
     if idx is not None:
         there = there & (idx >= 0) & (idx < keys)
@@ -130,14 +130,15 @@ def _attend_backward(ctx: Any, of_out: Tensor, of_lse: Tensor) -> tuple[Tensor |
 
     def by_list(t: Tensor) -> Tensor:
         """[B, H, ...] as [B, lists, heads of one, ...] float32"""
-        return t.float().unflatten(1, (lists, -1))
+        return t.float().unflatten(1, (lists, t.shape[1] // lists))
 
     q_rows, k_rows, of_out, of_lse = by_list(q), rows(k), by_list(of_out), by_list(of_lse)
     scores = scale * (q_rows @ k_rows.mT)
     seen = there[:, :, None] & (scores > -torch.inf)
-    weights = torch.where(seen, (scores - by_list(lse)[..., None]).exp(), 0.0)
+    weights = torch.where(seen, scores - by_list(lse)[..., None], -torch.inf).exp()
     of_weights = of_out @ rows(v).mT
     of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True) + of_lse[..., None])
+    of_scores = torch.where(seen, of_scores, 0.0)  # of_lse may be infinite where lse is
     grad_q = grad_k = grad_v = None
     if ctx.needs_input_grad[0]:
         grad_q = (scale * (of_scores @ k_rows)).flatten(1, 2).to(q.dtype)
