@@ -25,7 +25,6 @@ from ..common.triton_float import dot, is_finite, narrow, nearest, widen
 from ..common.triton_rows import in_vectors, multiple, row_at, vector
 
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 
@@ -229,8 +228,8 @@ def quantize(
             steps = nearest(tl.minimum(steps, 255.0))
             steps = tl.where(finite & (step > 0), steps, 0.0)
             tl.store(table + row + begin + word, steps.to(tl.int32).to(tl.uint8), mask=there)
-    tl.store(step_base + 2 * number, tl.where(finite, step, NAN))
-    tl.store(step_base + 2 * number + 1, tl.where(finite, base, NAN))
+    tl.store(step_base + 2 * number, tl.where(finite, step, float("nan")))
+    tl.store(step_base + 2 * number + 1, tl.where(finite, base, float("nan")))
 
 
 @triton.jit

@@ -28,7 +28,6 @@ BLOCK = tl.constexpr(reference.BLOCK)
 CHUNK = tl.constexpr(reference.CHUNK)
 WORD = tl.constexpr(4)  # input features in a word of q8
 TINY = tl.constexpr(reference.TINY)
-NAN = tl.constexpr(float("nan"))
 VECTOR = 16  # activations are read in aligned vectors of so many
 
 
@@ -39,7 +38,7 @@ VECTOR = 16  # activations are read in aligned vectors of so many
 def scale_of(size, levels, finite):
     """Of groups whose largest magnitude, or range, is `size`; `finite` says whether all their values are."""
     scale = tl.maximum(tl.div_rn(size, levels), TINY)
-    return tl.where(finite & is_finite(size), tl.where(size == 0, 1.0, scale), NAN)
+    return tl.where(finite & is_finite(size), tl.where(size == 0, 1.0, scale), float("nan"))
 
 
 @triton.jit

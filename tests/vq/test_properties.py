@@ -12,6 +12,7 @@ import pytest
 import torch
 from effk.vq import reference
 from hypothesis import assume
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from ..kit import tensors
@@ -280,9 +281,12 @@ def test_the_identity_is_plain_quantization(backend: Backend, case: Book) -> Non
     assert torch.equal(case.encode(backend, chol=eye), case.encode(backend))
 
 
-@every_backend("vq_encode", cases=books)
+def packable_books(backend: Backend) -> SearchStrategy[Book]:
+    return books(backend).map(lambda b: replace(b, words=min(b.words, 16), subspaces=b.subspaces + b.subspaces % 2))
+
+
+@every_backend("vq_encode", cases=packable_books)
 def test_packing_changes_no_code(backend: Backend, case: Book) -> None:
-    assume(case.words <= 16 and case.subspaces % 2 == 0)
     one, packed = case.encode(backend, pack=False), case.encode(backend, pack=True)
     assert torch.equal(one[..., ::2], packed & 15) and torch.equal(one[..., 1::2], packed >> 4)
 
