@@ -3,12 +3,13 @@
 //   kDotQueries, kValuePairs: of tiles of products in attention; kEncodeVectors, kEncodeWords: of those of encoding
 //   load_pair(p, a, b), load_pair(p, n, a, b): 2 kWidth elements of T, or n of them and zeros, as two vectors, in the
 //     order that kAlternating<T> tells: the even ones and the odd ones, or the first and the second half
-//   larger(x, y); largest(v); nearest_integer(v); power(n): 2^n; zero_below(y, x, limit): 0 where x < limit, else y
-//   Numbers, kWidth signed integers of 32 bits: load_numbers(p), splat_number(i); nearer(x, y, at, best, code), which
+//   larger(x, y); largest(v); any_above(x, y): whether a number of x is larger; nearest_integer(v); power(n): 2^n;
+//   zero_below(y, x, limit): 0 where x < limit, else y Numbers, kWidth signed integers of 32 bits: load_numbers(p),
+//   splat_number(i); nearer(x, y, at, best, code), which
 //     takes x and `at` into best and code where x < best
 //   ranks_of(v): numbers that order as floats do, NaN lowest; count_above(x, y): how many numbers of x are larger
-//   append(scores, threshold, position, ranks, positions): stores the ranks and positions of the scores that aren't
-//     below (nor NaN), position being that of the first, and tells how many; writes kWidth of both
+//   append(scores, threshold, position, kept, positions): stores those scores that aren't below (nor NaN) and their
+//     positions, `position` being that of the first, and tells how many; writes kWidth of both
 //   scores_of(p, pair, head, heads, key0, key1, out, stride, raw): the scores of at most kHeads heads of a pair from
 //     `head` on, kHeads being 4 at most; or, raw, the sums of an 8-bit table as floats, NaN if it has none; false as
 //     Cpu::score
@@ -16,6 +17,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 
 #include "cpu_common.h"
@@ -68,11 +70,16 @@ template <int KQ, bool kSquares, class T>
       if constexpr (kSquares) sums[KQ][j] = fma(b, b, fma(a, a, sums[KQ][j]));
     }
   };
-  int64_t d = 0;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t d = 0, row = 0, at = 0;
   for (; d + kPair <= dim; d += kPair) {
-    if (ahead)
+    if (ahead)  // in the order of addresses, which the machine's own prefetcher understands
 #pragma GCC unroll 8
-      for (int j = 0; j < kDotRows; ++j) __builtin_prefetch(ahead[j] + d, 0, 3);
+      for (int64_t i = 0; i < kDotRows * kPair; i += kLine) {
+        __builtin_prefetch(ahead[row] + at, 0, 2);
+        at += kLine;
+        if (at >= dim) at = 0, ++row;
+      }
     step(d, [](const T* p, V& a, V& b) { load_pair(p, a, b); });
   }
   if (d < dim) step(d, [&](const T* p, V& a, V& b) { load_pair(p, dim - d, a, b); });
@@ -127,8 +134,8 @@ template <int KQ, int KP, class T>
       for (int p = 0; p < KP; ++p) take(rows[i] + column + p * kPair, v[p][0], v[p][1]);
       if (ahead)
 #pragma GCC unroll 8
-        for (int64_t p = 0; p < columns; p += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(ahead[i] + p, 0, 3);
+        for (int64_t p = 0; p < KP * kPair; p += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(ahead[i] + column + p, 0, 2);
 #pragma GCC unroll 8
       for (int q = 0; q < KQ; ++q) {
         const V w = splat(weights[q * kKeys + i]);
@@ -159,7 +166,7 @@ inline void weigh_all(const T* const* rows, int64_t n, int64_t columns, const fl
     with_count<kWeightQueries>(queries - q, [&](auto kq) {
       const auto block = [&](auto kp, int64_t column) {
         weigh<kq(), kp(), T>(rows, n, column, columns, weights + q * kKeys, sums + q * stride + column, stride,
-                             q + column == 0 ? ahead : nullptr);
+                             q == 0 ? ahead : nullptr);
       };
       int64_t column = 0;
       for (; column + kValuePairs * kPair <= columns; column += kValuePairs * kPair)
@@ -172,21 +179,24 @@ template <class T>
 inline void attend_entries(const Attend& p, int64_t unit, int64_t begin, int64_t end, float* partial) {
   const Unit u(p, unit);
   const int64_t dim = padded(p.dim, kPair), values = padded(p.value_dim, kPair);
-  const Buffer<float> queries(u.heads * dim), sums(u.heads * values), weights(u.heads * kKeys), state(2 * u.heads);
-  float *const most = state.get(), *const total = most + u.heads, *const w = weights.get();
+  const Buffer<float> queries(u.heads * dim), sums(u.heads * values), weights(u.heads * kKeys);
+  const Buffer<float> most(u.heads), totals(u.heads * kWidth);
+  float* const w = weights.get();
   for (int64_t i = 0; i < u.heads; ++i) {
     order_as<T>(query_at<T>(p, u.b, u.first + i), p.dim, queries.get() + i * dim);
-    most[i] = -INFINITY;
-    total[i] = 0;
+    most.get()[i] = -INFINITY;
+    store(totals.get() + i * kWidth, zero());
   }
   std::memset(sums.get(), 0, u.heads * values * sizeof(float));
   // Rows of two blocks in turn. Beyond the last entry it comes again.
   const T *keys[2][kKeys], *rows[2][kKeys];
   const auto find = [&](int64_t from, int which) {
+    const T *const first_key = key_at<T>(p, u, 0), *const first_row = value_at<T>(p, u, 0);
+    const int64_t* const list = p.idx ? p.idx + unit * p.cap : nullptr;
     for (int64_t i = 0; i < kKeys; ++i) {
-      const int64_t s = entry_at(p, unit, from + i < end ? from + i : end - 1);
-      keys[which][i] = key_at<T>(p, u, s);
-      rows[which][i] = value_at<T>(p, u, s);
+      const int64_t at = from + i < end ? from + i : end - 1, s = list ? list[at] : at;
+      keys[which][i] = first_key + s * p.k_stride[2];
+      rows[which][i] = first_row + s * p.v_stride[2];
     }
   };
   if (begin < end) find(begin, 0);
@@ -198,32 +208,40 @@ inline void attend_entries(const Attend& p, int64_t unit, int64_t begin, int64_t
     bool none = false;  // whether a score is -inf
     for (int64_t i = 0; i < u.heads; ++i) {
       float* const own = w + i * kKeys;
-      for (int64_t k = n; k < kKeys; ++k) own[k] = -INFINITY;
-      V high = splat(-INFINITY);
-      for (int64_t k = 0; k < kKeys; k += kWidth) {
-        const V s = load(own + k) * splat(p.scale);
-        store(own + k, s);
-        high = larger(s, high);
+      V scores[kKeys / kWidth], total = load(totals.get() + i * kWidth);
+#pragma GCC unroll 4
+      for (int k = 0; k < kKeys / kWidth; ++k) scores[k] = load(own + k * kWidth) * splat(p.scale);
+      if (n < kKeys) {
+        for (int k = 0; k < kKeys / kWidth; ++k) store(own + k * kWidth, scores[k]);
+        for (int64_t k = 0; k < n; ++k) none |= own[k] == -INFINITY;
+        for (int64_t k = n; k < kKeys; ++k) own[k] = -INFINITY;
+        for (int k = 0; k < kKeys / kWidth; ++k) scores[k] = load(own + k * kWidth);
       }
-      const float highest = largest(high), top = highest > most[i] ? highest : most[i],
-                  from_top = top == -INFINITY ? 0 : top;
-      for (int64_t k = 0; k < n; ++k) none |= own[k] == -INFINITY;
-      V e = zero();
-      for (int64_t k = 0; k < kKeys; k += kWidth) {
-        const V weight = exponential(load(own + k) - splat(from_top));
-        store(own + k, weight);
-        e += weight;
+      bool above = false;
+#pragma GCC unroll 4
+      for (int k = 0; k < kKeys / kWidth; ++k) {
+        above |= any_above(scores[k], splat(most.get()[i]));
+        none |= n == kKeys && any_above(splat(std::numeric_limits<float>::lowest()), scores[k]);
       }
-      if (top != most[i]) {
-        const float factor = most[i] == -INFINITY ? 0.0f : std::exp(most[i] - top);
-        total[i] *= factor;
+      if (above) {
+        V high = splat(most.get()[i]);
+        for (const V s : scores) high = larger(s, high);
+        const float top = largest(high), factor = most.get()[i] == -INFINITY ? 0.0f : std::exp(most.get()[i] - top);
+        total *= splat(factor);
         for (int64_t d = 0; d < values; d += kWidth) {
           float* const at = sums.get() + i * values + d;
           store(at, load(at) * splat(factor));
         }
-        most[i] = top;
+        most.get()[i] = top;
       }
-      total[i] += sum(e);
+      const V from_most = splat(most.get()[i] == -INFINITY ? 0.0f : most.get()[i]);
+#pragma GCC unroll 4
+      for (int k = 0; k < kKeys / kWidth; ++k) {
+        const V weight = exponential(scores[k] - from_most);
+        store(own + k * kWidth, weight);
+        total += weight;
+      }
+      store(totals.get() + i * kWidth, total);
     }
     if (!none) {
       weigh_all<T>(rows[which], n, p.value_dim, w, u.heads, sums.get(), values, rows[which ^ 1]);
@@ -247,8 +265,8 @@ inline void attend_entries(const Attend& p, int64_t unit, int64_t begin, int64_t
       const int64_t at = d % kPair;
       to[d] = own[d - at + (kAlternating<T> ? at % 2 * kWidth + at / 2 : at)];
     }
-    to[p.value_dim] = total[i];
-    to[p.value_dim + 1] = most[i];
+    to[p.value_dim] = sum(load(totals.get() + i * kWidth));
+    to[p.value_dim + 1] = most.get()[i];
   }
 }
 
@@ -406,46 +424,53 @@ inline void write_code(const Encode& p, char* key, int64_t j, int32_t code) {
     key[j / 2] = static_cast<char>(j % 2 ? key[j / 2] | code << 4 : code);
 }
 
-// finish(r, v, products of row r and the lanes of vector v) of KW rows and a panel [size, kLanes].
-template <int KW, class Finish>
-inline void panel_tile(const float* rows, int64_t stride, int64_t size, const float* panel, const Finish& finish) {
-  V sums[KW][kEncodeVectors];
+// Products of KW rows and the lanes of a panel [size, kLanes]; the rows after them come next.
+template <int KW>
+[[gnu::always_inline]] inline void panel_tile(const float* rows, int64_t size, const float* panel,
+                                              V (&sums)[KW][kEncodeVectors]) {
 #pragma GCC unroll 8
   for (auto& row : sums)
 #pragma GCC unroll 8
     for (V& v : row) v = zero();
+  for (int64_t i = 0; i < KW * size; i += 16) __builtin_prefetch(rows + KW * size + i, 0, 3);
   for (int64_t d = 0; d < size; ++d, panel += kLanes) {
     V x[kEncodeVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kEncodeVectors; ++v) x[v] = load(panel + v * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < KW; ++r) {
-      const V w = splat(rows[r * stride + d]);
+      const V w = splat(rows[r * size + d]);
 #pragma GCC unroll 8
       for (int v = 0; v < kEncodeVectors; ++v) sums[r][v] = fma(w, x[v], sums[r][v]);
     }
   }
-#pragma GCC unroll 8
-  for (int v = 0; v < kEncodeVectors; ++v)
-#pragma GCC unroll 8
-    for (int r = 0; r < KW; ++r) finish(r, v, sums[r][v]);
 }
 
 template <int KW>
-[[gnu::noinline]] void multiply_tile(const float* rows, int64_t stride, int64_t size, const float* panel, float* out) {
-  panel_tile<KW>(rows, stride, size, panel, [&](int r, int v, V x) { store(out + r * kLanes + v * kWidth, x); });
+[[gnu::noinline]] void multiply_tile(const float* rows, int64_t size, const float* panel, float* out) {
+  V sums[KW][kEncodeVectors];
+  panel_tile<KW>(rows, size, panel, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < KW; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kEncodeVectors; ++v) store(out + r * kLanes + v * kWidth, sums[r][v]);
 }
 
 template <int KW>
 [[gnu::noinline]] void nearest_tile(const float* rows, int64_t size, const float* panel, const float* squares,
                                     int32_t first, float* best, int32_t* codes) {
-  panel_tile<KW>(rows, size, size, panel, [&](int r, int v, V x) {
+  V sums[KW][kEncodeVectors];
+  panel_tile<KW>(rows, size, panel, sums);
+#pragma GCC unroll 8
+  for (int v = 0; v < kEncodeVectors; ++v) {
     V least = load(best + v * kWidth);
     Numbers code = load_numbers(codes + v * kWidth);
-    nearer(fma(splat(-2), x, splat(squares[r])), splat_number(first + r), least, code);
+#pragma GCC unroll 8
+    for (int r = 0; r < KW; ++r)
+      nearer(fma(splat(-2), sums[r][v], splat(squares[r])), splat_number(first + r), least, code);
     store(best + v * kWidth, least);
     store_numbers(codes + v * kWidth, code);
-  });
+  }
 }
 
 template <class T>
@@ -469,7 +494,7 @@ inline void encode_many(const Encode& p, int64_t pair, int64_t key0, int64_t key
     if (p.chol) {
       for (int64_t e = 0; e < p.dim; e += kEncodeWords)
         with_count<kEncodeWords>(p.dim - e, [&](auto kw) {
-          multiply_tile<kw()>(squares + rows + e * p.dim, p.dim, p.dim, panel.get(), product.get() + e * kLanes);
+          multiply_tile<kw()>(squares + rows + e * p.dim, p.dim, panel.get(), product.get() + e * kLanes);
         });
       x = product.get();
     }
@@ -679,7 +704,8 @@ inline bool mark_best_of(const TopK& top, int64_t pair, int64_t g, int64_t heads
       int64_t count = counts[h];
       int32_t* const positions = ranks + n + kBlock;
       for (int64_t i = 0; i < size; i += kWidth)
-        count += append(load(own + i), guess[h], static_cast<int32_t>(s + i), ranks + count, positions + count);
+        count += append(load(own + i), guess[h], static_cast<int32_t>(s + i), reinterpret_cast<float*>(ranks) + count,
+                        positions + count);  // ranked when all are there
       counts[h] = count;
     }
   }
@@ -694,6 +720,9 @@ inline bool mark_best_of(const TopK& top, int64_t pair, int64_t g, int64_t heads
         for (int64_t i = 0; i < size; i += kWidth) store_numbers(ranks + (s - first) + i, ranks_of(load(block + i)));
       }
     }
+    if (!all[h])
+      for (int64_t i = 0; i < counts[h]; i += kWidth)
+        store_numbers(ranks + i, ranks_of(load(reinterpret_cast<const float*>(ranks) + i)));
     const int64_t count = all[h] ? n : counts[h];
     int32_t* const positions = ranks + n + kBlock;
     const Limit limit = limit_of(ranks, count, k, low);

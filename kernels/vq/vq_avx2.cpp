@@ -41,6 +41,7 @@ inline float largest(V v) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline bool any_above(V x, V y) { return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)) != 0; }
 inline V nearest_integer(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V power(V n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -62,18 +63,18 @@ inline uint32_t lanes_above(Numbers x, Numbers y) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(x, y))));
 }
 inline int64_t count_above(Numbers x, Numbers y) { return __builtin_popcount(lanes_above(x, y)); }
-inline int64_t append(V scores, float threshold, int32_t position, int32_t* ranks, int32_t* positions) {
+inline int64_t append(V scores, float threshold, int32_t position, float* kept, int32_t* positions) {
   auto some = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(scores, splat(threshold), _CMP_GE_OQ)));
   if (some == 0) return 0;
-  int32_t own[kWidth];
-  store_numbers(own, ranks_of(scores));
-  int64_t kept = 0;
-  for (; some; some &= some - 1, ++kept) {
+  float own[kWidth];
+  store(own, scores);
+  int64_t n = 0;
+  for (; some; some &= some - 1, ++n) {
     const int lane = __builtin_ctz(some);
-    ranks[kept] = own[lane];
-    positions[kept] = position + lane;
+    kept[n] = own[lane];
+    positions[n] = position + lane;
   }
-  return kept;
+  return n;
 }
 // Moves the positions of ranks above one to the front, and tells how many they are.
 inline int64_t keep_above(const int32_t* ranks, int32_t* positions, int64_t n, int32_t rank) {

@@ -39,6 +39,7 @@ inline void load_pair(const BFloat16* p, int64_t n, V& a, V& b) {
 
 inline V larger(V x, V y) { return _mm512_max_ps(x, y); }
 inline float largest(V v) { return _mm512_reduce_max_ps(v); }
+inline bool any_above(V x, V y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0; }
 inline V nearest_integer(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V power(V n) { return _mm512_scalef_ps(splat(1), n); }
 inline V zero_below(V y, V x, float limit) {
@@ -56,9 +57,9 @@ inline Numbers ranks_of(V v) {
 }
 inline int64_t count_above(Numbers x, Numbers y) { return __builtin_popcount(_mm512_cmpgt_epi32_mask(x, y)); }
 inline Numbers counting() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-inline int64_t append(V scores, float threshold, int32_t position, int32_t* ranks, int32_t* positions) {
+inline int64_t append(V scores, float threshold, int32_t position, float* kept, int32_t* positions) {
   const __mmask16 some = _mm512_cmp_ps_mask(scores, splat(threshold), _CMP_GE_OQ);
-  store_numbers(ranks, _mm512_maskz_compress_epi32(some, ranks_of(scores)));
+  store(kept, _mm512_maskz_compress_ps(some, scores));
   store_numbers(positions, _mm512_maskz_compress_epi32(some, _mm512_add_epi32(counting(), splat_number(position))));
   return __builtin_popcount(some);
 }
@@ -134,10 +135,15 @@ inline void load_columns(const uint8_t* keys, int64_t bytes, int64_t column, __m
 
 // --- Tables of 8 bits -----------------------------------------------------------------------------------------------
 
-// Of packed codes: of each column 64 entries for the low halves of its bytes, 64 for the high ones. Else as they come,
-// and room for a read of four entries at the last.
+// Of packed codes: of each column 64 entries for the low halves of its bytes, 64 for the high ones. Of codes of 8 bits
+// 256 entries each. Else as they come, and room for a read of four entries at the last.
 inline int64_t table_bytes(const Score& p) {
-  return p.codes == Codes::packed4 ? columns_of(p.subspaces / 2) * 128 : (p.subspaces * p.words + 3 + 63) / 64 * 64;
+  switch (p.codes) {
+    case Codes::packed4: return columns_of(p.subspaces / 2) * 128;
+    case Codes::u8: return p.subspaces * 256;
+    case Codes::i16: return (p.subspaces * p.words + 3 + 63) / 64 * 64;
+  }
+  return 0;
 }
 
 // --- Scores ---------------------------------------------------------------------------------------------------------
@@ -233,6 +239,21 @@ inline bool halves_below(const uint8_t* p, int64_t n, int64_t words) {
   return wrong == 0;
 }
 
+// The 8-bit table of a head of a pair, and what its sums become scores by; nothing does if they are to be raw.
+inline const uint8_t* table_of(const Score& p, int64_t pair, int64_t head, bool raw, V& step, V& base) {
+  const int64_t query = first_query(p, pair) + head;
+  const float* const scale = p.scale + 2 * query;
+  const bool whole = raw && scale[0] == scale[0];
+  step = splat(whole ? 1 : scale[0]);
+  base = splat(whole ? 0 : scale[1]);
+  return p.table + query * table_bytes(p);
+}
+inline V scaled(__m512i sums, V step, V base) {
+  V product = _mm512_cvtepi32_ps(sums) * step;
+  asm("" : "+v"(product));  // rounded: no sum of both in one
+  return product + base;
+}
+
 template <Codes C, int KB, int KH, bool kInt8>
 [[gnu::noinline]] bool scores(const Score& p, int64_t pair, int64_t head, int64_t key0, int64_t key1, float* out,
                               int64_t stride, bool raw) {
@@ -242,12 +263,7 @@ template <Codes C, int KB, int KH, bool kInt8>
   for (int h = 0; h < KH; ++h) {
     const int64_t query = first_query(p, pair) + head + h;
     sums.floats[h] = p.lut + query * p.subspaces * p.words;
-    if constexpr (kInt8) {
-      sums.entries[h] = p.table + query * table_bytes(p);
-      step[h] = splat(p.scale[2 * query]);
-      base[h] = splat(p.scale[2 * query + 1]);
-      if (raw && p.scale[2 * query] == p.scale[2 * query]) step[h] = splat(1), base[h] = zero();
-    }
+    if constexpr (kInt8) sums.entries[h] = table_of(p, pair, head + h, raw, step[h], base[h]);
   }
   const int64_t bytes = KB ? KB : sums.bytes;
   const auto* keys = reinterpret_cast<const uint8_t*>(codes_of(p, pair)) + key0 * bytes;
@@ -260,13 +276,10 @@ template <Codes C, int KB, int KH, bool kInt8>
     sums.add(from, s, wrong);
 #pragma GCC unroll 4
     for (int h = 0; h < KH; ++h)
-      if constexpr (kInt8) {
-        V product = _mm512_cvtepi32_ps(s[h]) * step[h];
-        asm("" : "+v"(product));  // rounded: no sum of both in one
-        keep(h, product + base[h]);
-      } else {
+      if constexpr (kInt8)
+        keep(h, scaled(s[h], step[h], base[h]));
+      else
         keep(h, s[h]);
-      }
   };
   int64_t s = key0;
   const int64_t beyond = KB == 0 && bytes < 4 ? 16 + 4 : 16;  // keys that a block may read of
@@ -282,6 +295,89 @@ template <Codes C, int KB, int KH, bool kInt8>
   return wrong == 0;
 }
 
+// Likewise for an 8-bit table of codes of 8 bits: four vpermb look up 64 keys' words, whose sums are of 16 bits.
+template <int KB, int KH>
+[[gnu::noinline]] bool scores_of_bytes(const Score& p, int64_t pair, int64_t head, int64_t key0, int64_t key1,
+                                       float* out, int64_t stride, bool raw) {
+  const uint8_t* entries[KH];
+  V step[KH], base[KH];
+#pragma GCC unroll 4
+  for (int h = 0; h < KH; ++h) entries[h] = table_of(p, pair, head + h, raw, step[h], base[h]);
+  const int64_t bytes = KB ? KB : p.subspaces;
+  const auto* keys = reinterpret_cast<const uint8_t*>(codes_of(p, pair)) + key0 * bytes;
+  const __m512i last = _mm512_set1_epi8(static_cast<char>(p.words - 1));
+  __mmask64 wrong = 0;
+  constexpr int kSome = kColumns<KB>;
+  const int64_t beyond = KB == 0 && bytes < 4 ? 64 + 4 : 64;  // keys that a block may read of
+  const Buffer<uint8_t> room(64 * bytes + 4);
+  for (int64_t s = key0; s < key1; s += 64, keys += 64 * bytes) {
+    const int64_t n = key1 - s < 64 ? key1 - s : 64;
+    const uint8_t* from = keys;
+    if (s + beyond > key1) {
+      std::memset(room.get(), 0, 64 * bytes + 4);
+      std::memcpy(room.get(), keys, n * bytes);
+      from = room.get();
+    }
+    // Lane L holds keys 4 L to 4 L + 3 of each quarter of the 64. In `all` a sum's low byte disturbs an odd key's.
+    __m512i all[KH], odd[KH];
+#pragma GCC unroll 4
+    for (int h = 0; h < KH; ++h) all[h] = odd[h] = _mm512_setzero_si512();
+    for (int64_t column = 0; column < columns_of(bytes); column += kSome) {
+      __m512i codes[4][kSome];
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) load_columns<KB>(from + q * 16 * bytes, bytes, column, codes[q]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSome; ++i) {
+        __m512i t[4];
+        const __m512i order =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) t[q] = _mm512_shuffle_epi8(codes[q][i], order);
+        const __m512i ab = _mm512_unpacklo_epi32(t[0], t[1]), AB = _mm512_unpackhi_epi32(t[0], t[1]);
+        const __m512i cd = _mm512_unpacklo_epi32(t[2], t[3]), CD = _mm512_unpackhi_epi32(t[2], t[3]);
+        const __m512i planes[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd),
+                                   _mm512_unpacklo_epi64(AB, CD), _mm512_unpackhi_epi64(AB, CD)};
+        const int64_t start = column_start(bytes, column + i);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) {
+          const int64_t j = start + b;
+          if (j < 4 * (column + i) || j >= bytes) continue;  // of the column before; of the next key
+          const __m512i code = planes[b];
+          wrong |= _mm512_cmpgt_epu8_mask(code, last);
+          const __mmask64 bit7 = _mm512_movepi8_mask(code), bit6 = _mm512_movepi8_mask(_mm512_slli_epi16(code, 1));
+#pragma GCC unroll 4
+          for (int h = 0; h < KH; ++h) {
+            const uint8_t* const e = entries[h] + j * 256;
+            __m512i found = _mm512_permutexvar_epi8(code, _mm512_loadu_si512(e));
+            found = _mm512_mask_permutexvar_epi8(found, bit6 & ~bit7, code, _mm512_loadu_si512(e + 64));
+            found = _mm512_mask_permutexvar_epi8(found, bit7 & ~bit6, code, _mm512_loadu_si512(e + 128));
+            found = _mm512_mask_permutexvar_epi8(found, bit7 & bit6, code, _mm512_loadu_si512(e + 192));
+            all[h] = _mm512_add_epi16(all[h], found);
+            odd[h] = _mm512_add_epi16(odd[h], _mm512_srli_epi16(found, 8));
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < KH; ++h) {
+      const __m512i even = _mm512_sub_epi16(all[h], _mm512_slli_epi16(odd[h], 8)), none = _mm512_setzero_si512();
+      const __m512i low = _mm512_unpacklo_epi16(even, odd[h]), high = _mm512_unpackhi_epi16(even, odd[h]);
+      const __m512i quarters[4] = {_mm512_unpacklo_epi16(low, none), _mm512_unpackhi_epi16(low, none),
+                                   _mm512_unpacklo_epi16(high, none), _mm512_unpackhi_epi16(high, none)};
+      float* const to = out + h * stride + (s - key0);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const V v = scaled(quarters[q], step[h], base[h]);
+        if (n == 64)
+          store(to + 16 * q, v);
+        else
+          store_upto(to + 16 * q, v, n - 16 * q);
+      }
+    }
+  }
+  return wrong == 0;
+}
+
 inline bool scores_of(const Score& p, int64_t pair, int64_t head, int64_t heads, int64_t key0, int64_t key1, float* out,
                       int64_t stride, bool raw) {
   bool right = false;
@@ -289,8 +385,12 @@ inline bool scores_of(const Score& p, int64_t pair, int64_t head, int64_t heads,
     const int64_t bytes = code_bytes(codes(), p.subspaces);
     const auto run = [&](auto kb) {
       with_count<4>(heads, [&](auto kh) {
-        right = p.int8_table ? scores<codes(), kb(), kh(), true>(p, pair, head, key0, key1, out, stride, raw)
-                             : scores<codes(), kb(), kh(), false>(p, pair, head, key0, key1, out, stride, raw);
+        if (!p.int8_table)
+          right = scores<codes(), kb(), kh(), false>(p, pair, head, key0, key1, out, stride, raw);
+        else if constexpr (codes() == Codes::u8)
+          right = scores_of_bytes<kb(), kh()>(p, pair, head, key0, key1, out, stride, raw);
+        else
+          right = scores<codes(), kb(), kh(), true>(p, pair, head, key0, key1, out, stride, raw);
       });
     };
     if constexpr (codes() != Codes::packed4) {
@@ -326,7 +426,7 @@ void table(const Score& p, int64_t query0, int64_t query1) {
     const float* const lut = p.lut + i * p.subspaces * p.words;
     uint8_t* const out = p.table + i * table_bytes(p);
     if (p.codes != Codes::packed4) {
-      quantize(lut, p.subspaces, p.words, out, p.words, p.scale + 2 * i);
+      quantize(lut, p.subspaces, p.words, out, p.codes == Codes::u8 ? 256 : p.words, p.scale + 2 * i);
       continue;
     }
     quantize(lut, p.subspaces, p.words, plain.get(), 16, p.scale + 2 * i);
