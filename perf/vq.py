@@ -73,7 +73,7 @@ def cache_of(size: Mapping[str, Any], device: torch.device) -> Cache:
     return cache(size["batch"], size["H"], size["HK"], size["D"], size["S"], device)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def codebook_of(of: str, heads: int, key_heads: int, dim: int, keys: int, device: torch.device) -> Tensor:
     """Trained, or of very many words some of the keys: k-means++ takes its time."""
     subspaces, words = CODES[of]
@@ -86,6 +86,14 @@ def codebook_of(of: str, heads: int, key_heads: int, dim: int, keys: int, device
 
 def codebook(size: Mapping[str, Any], device: torch.device) -> Tensor:
     return codebook_of(size["codes"], size["H"], size["HK"], size["D"], size["S"], device)
+
+
+@functools.lru_cache(maxsize=8)
+def codes_of(of: str, heads: int, key_heads: int, dim: int, keys: int, device: torch.device) -> Tensor:
+    """Of one sequence, packed where they can be."""
+    words = codebook_of(of, heads, key_heads, dim, keys, device)
+    one = cache(1, heads, key_heads, dim, keys, device)
+    return torch.ops.effk.vq_encode(one.keys, words, one.chol, pack=words.shape[2] <= 16)
 
 
 @dataclass
@@ -111,11 +119,12 @@ class Coded:
 
     def scores(self) -> Tensor:
         """[B, H, S] in float64."""
-        out: Tensor | float = 0.0
-        for j, codes in enumerate(self.unpacked().unbind(3)):
-            out = out + self.lut[:, :, j].double().gather(-1, codes.repeat_interleave(self.group, 1))
-        assert isinstance(out, Tensor)
-        return out
+        return gathering(self)(self.lut.double())
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the 8-bit table, in float64, which is exact: [B, H, S]; and its step and base, [B, H, 1]."""
+        entries, step, base = reference.quantized(self.lut)
+        return gathering(self)(entries.double()), step, base
 
     def bound(self) -> Tensor:
         """[B, H, 1]: of a float32 sum of the table's entries in any order."""
@@ -135,8 +144,7 @@ def coded(size: Mapping[str, Any], device: torch.device) -> Coded:
     """Of a batch, the codes of one sequence turned round: what they are makes no difference to the time."""
     words = codebook(size, device)
     one = cache_of({**size, "batch": 1}, device)
-    packed = words.shape[2] <= 16
-    codes = torch.ops.effk.vq_encode(one.keys, words, one.chol, pack=packed)
+    codes = codes_of(size["codes"], size["H"], size["HK"], size["D"], size["S"], device)
     codes = torch.cat([codes.roll(997 * b, 2) for b in range(size["batch"])])
     lut = torch.ops.effk.vq_lut(one.q, words, one.inv)
     lut = torch.cat([lut.roll(b, 1) if b else lut for b in range(size["batch"])]).contiguous()
@@ -150,7 +158,10 @@ def make_score(problem: Problem, device: torch.device) -> Work:
     size = problem.size
     of, table = coded(size, device), size["table"]
     exact, k = of.scores(), best_of(size)
-    expected = reference.vq_score(of.lut, of.codes, table=table) if table == "int8" else None
+    expected = None
+    if table == "int8":
+        sums, step, base = of.sums()
+        expected = step * sums.float() + base
 
     def check(result: Tensor | Found, own: bool) -> str:
         if isinstance(result, Found):
@@ -218,9 +229,7 @@ def make_topk(problem: Problem, device: torch.device) -> Work:
     exact, key_heads = of.scores(), of.codes.shape[1]
     ranks, slack = exact, of.bound()
     if table == "int8":
-        entries, step, _ = reference.quantized(of.lut)
-        ranks = Coded(of.cache, of.codebook, torch.where(step[..., None] > 0, entries, 0), of.codes).scores()
-        slack = torch.zeros_like(slack)
+        ranks, slack = of.sums()[0], torch.zeros_like(slack)
 
     def check(result: Any, own: bool) -> str:
         if isinstance(result, Found):

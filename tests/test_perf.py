@@ -13,7 +13,7 @@ import pytest
 import torch
 from effk import _library, _registry, backends
 from effk.perf import __main__ as perf
-from effk.perf import lora, lscd, w4a8
+from effk.perf import lora, lscd, vq, w4a8
 from effk.perf.harness import page, run, table
 from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 CPU = torch.device("cpu")
 LIMITS = Limits(read=1e9, copy=2e9, matmul={"float32": 1e10, "bfloat16": 4e10, "float16": 1e9})
 times = st.floats(1e-9, 1e3)
+VQ = {**vq.SMALL, "D": 32, "S": 300}
 
 
 class ScriptedClock:
@@ -123,6 +124,11 @@ def test_names_are_unique() -> None:
         *(lora.merging(dtype, 37, base=base) for dtype in lora.DTYPES for base in (True, False)),
         *lora.others(37),
         *(lora.applying(5, dtype, adapters=3, side=70, ranks=r) for dtype in lora.DTYPES for r in ("one", "mixed")),
+        *(vq.scoring(VQ, codes, table) for codes in vq.CODES if codes != "1x12" for table in ("float32", "int8")),
+        *(vq.choosing(VQ, codes, table, 9) for codes in ("16x4", "8x8") for table in ("float32", "int8")),
+        *(vq.attending(VQ, keys) for keys in ("all", "random")),
+        vq.stepping({**VQ, "batch": 2}, "16x4", "int8"),
+        *vq.others(VQ, 300, 300, quick=True),
     ],
     ids=lambda problem: problem.name,
 )
@@ -131,7 +137,7 @@ def test_results_are_checked_on_every_back_end(problem: Problem) -> None:
     entry = run.Runner(CPU, ScriptedClock(), LIMITS, None, 1.0, 0).measure(problem, family)
     assert not entry.wrong
     own = {e.name for e in entry.entries if e.kind == "effk"}
-    assert own == {b for b in backends(problem.op) if b.startswith("cpu-")}
+    assert own == ({b for b in backends(problem.op) if b.startswith("cpu-")} or {"reference"})
 
 
 def test_one_lost_weight_is_seen() -> None:
@@ -196,6 +202,84 @@ def test_a_switch_that_misses_a_layer_is_seen(layer: int) -> None:
 def test_peers_of_lora_compute_the_same(problem: Problem, peer: str) -> None:
     entry = measure(problem, peers=[peer])
     assert not entry.wrong and not entry.missing and entry.find(peer) is not None
+
+
+def swapped(idx: torch.Tensor, count: torch.Tensor, n: int) -> torch.Tensor:
+    """The first list with one of its middle keys for another, that isn't on it."""
+    other = idx.clone()
+    other[0, 0, int(count[0, 0]) // 2] = next(i for i in range(n) if i not in idx[0, 0])
+    return other
+
+
+def test_another_key_than_the_best_is_seen() -> None:
+    for problem in (vq.choosing(VQ, "16x4", "int8", 9), vq.choosing(VQ, "8x8", "float32", 9)):
+        work = problem.make(problem, CPU)
+        args, options = work.arguments(work.inputs)
+        idx, count = torch.ops.effk.vq_topk(*args, **options)
+        assert work.check((idx, count), True) == ""
+        assert "missed" in work.check((swapped(idx, count, VQ["S"]), count), True)
+        assert work.check((idx, count - 1), True)
+        twice = idx.clone()
+        twice[0, 0, 1] = twice[0, 0, 0]
+        assert "twice" in work.check((twice, count), True)
+
+
+@pytest.mark.parametrize("table", ["float32", "int8"])
+def test_one_wrong_score_is_seen(table: str) -> None:
+    work = (problem := vq.scoring(VQ, "16x4", table)).make(problem, CPU)
+    (lut, codes), options = work.arguments(work.inputs)
+    scores = torch.ops.effk.vq_score(lut, codes, **options)
+    assert work.check(scores, True) == ""
+    wrong = codes.clone()
+    wrong[0, 1, 200, 0] ^= 1
+    assert work.check(torch.ops.effk.vq_score(lut, wrong, **options), True)
+
+
+def test_attention_without_one_key_is_seen() -> None:
+    work = (problem := vq.attending(VQ, "random")).make(problem, CPU)
+    (q, k, v, idx), _ = work.arguments(work.inputs)
+    assert work.check(torch.ops.effk.vq_attend(q, k, v, idx), True) == ""
+    assert work.check(torch.ops.effk.vq_attend(q, k, v, idx[..., 1:]), True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "peer"),
+    [
+        *((vq.scoring(VQ, "16x4", "int8"), p) for p in ("torch-gather", "embedding_bag", "faiss")),
+        *((vq.choosing(VQ, "16x4", "int8", 9), p) for p in ("torch-topk", "effk-with-lut", "faiss")),
+        *((vq.attending(VQ, "all"), p) for p in ("sdpa-folded", "sdpa-gqa")),
+        (vq.attending(VQ, "random"), "sdpa-folded"),
+        *((vq.stepping(VQ, "8x8", "float32"), p) for p in ("sdpa-folded", "torch-step")),
+    ],
+)
+def test_peers_of_vq_compute_the_same(problem: Problem, peer: str) -> None:
+    entry = measure(problem, peers=[peer])
+    if "not installed" in (reason := entry.missing.get(peer, "")):
+        pytest.skip(reason)
+    assert not entry.wrong and not entry.missing and entry.find(peer) is not None
+
+
+def test_quality_is_shown_and_kept(record: Record, tmp_path: Path) -> None:
+    entry = measure(vq.choosing(VQ, "16x4", "int8", 9))
+    assert 0 < entry.quality["recall@9"] <= 1
+    kept = dataclasses.replace(record, problems=[entry])
+    (made,) = table.tables(kept)
+    assert "recall@9" in made.header and all(len(row) == len(made.header) for row in made.rows)
+    kept.write(tmp_path / "record.json")
+    assert Record.read(tmp_path / "record.json") == kept
+
+
+def test_steps_take_the_back_ends_of_all_their_ops() -> None:
+    asked = []
+
+    def steps(op, w):
+        asked.append(op("lscd_unpack"))
+        return lambda: asked[-1](*torch.ops.effk.lscd_pack(w), 16, 24)
+
+    problem = unpack_problem()
+    made = dataclasses.replace(problem, make=lambda *a: dataclasses.replace(problem.make(*a), steps=steps))
+    assert not measure(made).wrong
+    assert len(asked) == len([b for b in backends("lscd_unpack") if b.startswith("cpu-")])
 
 
 def test_stats_by_hand() -> None:
