@@ -87,6 +87,17 @@ struct TeamScores {
   }
 };
 
+// Four values of a piece, from the d-th on.
+template <class X>
+EFFK_DEVICE void quad_of(const uint4& piece, int d, float (&out)[4]) {
+  if constexpr (sizeof(X) == 4) {
+    to_floats<X>(piece, out);
+  } else {
+    gpu::unpack_pair<X>(d == 0 ? piece.x : piece.z, out[0], out[1]);
+    gpu::unpack_pair<X>(d == 0 ? piece.y : piece.w, out[2], out[3]);
+  }
+}
+
 // kTeam lanes are a team, kQueries queries share rows.
 template <class X, int kTeam, int kQueries>
 EFFK_KERNEL(kAttendThreads, kQueries > 4 ? 2 : 3)
@@ -171,23 +182,25 @@ attend_kernel(EFFK_GRID_CONSTANT(AttendArgs) p) {
 #pragma unroll 1
     for (int piece = lane;;) {
       if (piece < pieces) {
-        float x[kTeamKeys][kValues];
+        // Half of a piece of 16-bit values at a time: all of it takes too many registers.
 #pragma unroll
-        for (int i = 0; i < kTeamKeys; ++i) to_floats<X>(row[i], x[i]);
+        for (int d = 0; d < kValues; d += 4) {
+          float x[kTeamKeys][4];
 #pragma unroll
-        for (int h = 0; h < kQueries; ++h)
+          for (int i = 0; i < kTeamKeys; ++i) quad_of<X>(row[i], d, x[i]);
 #pragma unroll
-          for (int d = 0; d < kValues; d += 4) {
+          for (int h = 0; h < kQueries; ++h) {
             const float4 y = *reinterpret_cast<const float4*>(given + h * pitch + piece * kValues + d);
 #pragma unroll
             for (int i = 0; i < kTeamKeys; ++i) {
               float& score = scores[i * kQueries + h];
-              score = fmaf(x[i][d], y.x, score);
-              score = fmaf(x[i][d + 1], y.y, score);
-              score = fmaf(x[i][d + 2], y.z, score);
-              score = fmaf(x[i][d + 3], y.w, score);
+              score = fmaf(x[i][0], y.x, score);
+              score = fmaf(x[i][1], y.y, score);
+              score = fmaf(x[i][2], y.z, score);
+              score = fmaf(x[i][3], y.w, score);
             }
           }
+        }
       }
       piece += kTeam;
       if (piece - lane >= pieces) break;
