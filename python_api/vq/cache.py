@@ -88,10 +88,10 @@ def attention_layers(model: PreTrainedModel) -> tuple[list[nn.Module], Rope]:
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it has an encoder")
-    types = getattr(config, "layer_types", None)
-    if set(types or ()) - {"full_attention"}:
+    types = getattr(config, "layer_types", None) or ()
+    if set(types) - {"full_attention"}:
         raise refuse(f"its layers are of types {sorted(set(types))}; wanted full attention in all")
-    found = {
+    found: dict[Any, nn.Module] = {
         m.layer_idx: m
         for m in model.modules()
         if all(hasattr(m, name) for name in ("layer_idx", "num_key_value_groups", "scaling"))
@@ -105,13 +105,13 @@ def attention_layers(model: PreTrainedModel) -> tuple[list[nn.Module], Rope]:
         raise refuse("its attention has learned sinks")
     rotary = next((m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
     rope_type = getattr(rotary, "rope_type", None)
-    if rotary is None or not isinstance(rope_type, str):
+    if rotary is None or not isinstance(rope_type, str) or not isinstance(rotary.inv_freq, Tensor):
         raise refuse("it has no rotary embedding that all layers share")
     if "dynamic" in rope_type or rope_type == "longrope":
         raise refuse(f"frequencies of its rotary embedding ({rope_type}) change with the length")
     rope = Rope(rotary.inv_freq)
     apply = getattr(sys.modules[type(layers[0]).__module__], "apply_rotary_pos_emb", None)
-    if apply is None or not _is_half_split(rotary, apply, rope, layers[0].head_dim):
+    if apply is None or not _is_half_split(rotary, apply, rope, int(layers[0].head_dim)):  # type: ignore[arg-type]
         raise refuse("its rotary embedding doesn't turn the two halves of whole heads")
     return layers, rope
 
@@ -210,15 +210,16 @@ class QuantizedKeyLayer(DynamicLayer):
                     grown[:, :, :begin] = memory[:, :, :begin]
                 self._memory[name] = memory = grown
             memory[:, :, begin:end] = t
-        self._show(end)
-        return self.keys, self.values
+        return self._show(end)
 
-    def _show(self, length: int) -> None:
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
         """Lets `keys` and `values` be the first so many."""
-        self.keys, self.values = (self._memory[name][:, :, :length] for name in ("keys", "values"))
-        self.keys._effk_layer = self  # so that attention finds the codes
+        self.keys = keys = self._memory["keys"][:, :, :length]
+        self.values = values = self._memory["values"][:, :, :length]
+        keys._effk_layer = self  # type: ignore[attr-defined]  # so that attention finds the codes
         self._length = length
-        self._lens = torch.full((self.keys.shape[0],), length, device=self.device)
+        self._lens = torch.full((keys.shape[0],), length, device=self.device)
+        return keys, values
 
     def see(self, query: Tensor) -> None:
         """Called with the query [B, H, n, D] of each pass."""
@@ -226,6 +227,7 @@ class QuantizedKeyLayer(DynamicLayer):
     def retrieve(self, q: Tensor, scale: float | None) -> Tensor:
         """Attention of the last token's q [B, H, D]: [B, H, Dv]."""
         options, length = self.options, self._length
+        assert self.keys is not None and self.values is not None
         self.retrieved += 1
         return decode_attention(
             q,
@@ -344,7 +346,7 @@ class QuantizedKeyCache(Cache):
     @property
     def retrieved(self) -> int:
         """Tokens whose attention was retrieved, summed over layers."""
-        return sum(layer.retrieved for layer in self.layers)
+        return sum(layer.retrieved for layer in self.layers if isinstance(layer, QuantizedKeyLayer))
 
 
 def switch(model: PreTrainedModel) -> None:

@@ -25,17 +25,17 @@ class Codebook(nn.Module):
     """The words that stand for a layer's keys, a codebook for each key head (A²ATS, arXiv:2502.12665).
 
     A key is cut into `num_subspaces` parts, and each part is replaced by the number of the nearest of `num_codes`
-    words: one part of 4096 words takes 12 bits a key, 16 parts of 16 words 64 bits. With `query_aware`, keys are
-    multiplied by L first, where L L^T is the second moment of the queries: near words are then those that change q k^T
-    little. All stays float32 whatever dtype the module is cast to. Built directly, all words are 0: make it by `fit` or
-    `load`.
+    words: one part of 4096 words takes 12 bits a key, 16 parts of 16 words 64 bits. With `transformed`, keys are
+    multiplied by a matrix L first, and queries by L^-T. Where L L^T is the second moment of the queries, near words are
+    those that change q k^T little. All stays float32 whatever dtype the module is cast to. Built directly, all words
+    are 0: make it by `fit` or `load`.
 
     Args:
         heads: key heads.
         head_dim: of a key.
         num_codes: words of a part, 1 to 32768.
         num_subspaces: parts, a divisor of head_dim.
-        query_aware: whether there are `chol` and `inv`.
+        transformed: whether there are `chol` and `inv`.
         device: of all tensors.
 
     Attributes:
@@ -57,7 +57,7 @@ class Codebook(nn.Module):
         num_codes: int = 4096,
         num_subspaces: int = 1,
         *,
-        query_aware: bool = False,
+        transformed: bool = False,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -69,7 +69,7 @@ class Codebook(nn.Module):
             raise ValueError(f"num_subspaces is {num_subspaces}; wanted a divisor of head_dim, {head_dim}")
         shape = (heads, num_subspaces, num_codes, head_dim // num_subspaces)
         self.register_buffer("words", torch.zeros(shape, dtype=torch.float32, device=device))
-        eye = torch.eye(head_dim, dtype=torch.float32, device=device).repeat(heads, 1, 1) if query_aware else None
+        eye = torch.eye(head_dim, dtype=torch.float32, device=device).repeat(heads, 1, 1) if transformed else None
         self.register_buffer("chol", eye)
         self.register_buffer("inv", None if eye is None else eye.clone())
 
@@ -81,6 +81,7 @@ class Codebook(nn.Module):
         *,
         num_codes: int = 4096,
         num_subspaces: int = 1,
+        balance: bool = True,
         iters: int = 20,
         samples: int = 2**16,
         seed: int = 0,
@@ -96,6 +97,8 @@ class Codebook(nn.Module):
                 plain. They should be as they will be scored (with RoPE's constant rotation, where that is used).
             num_codes: words of a part.
             num_subspaces: parts of a key.
+            balance: whether the space is turned first so that all parts vary alike, as optimized product quantization
+                does it (Ge et al., 2013). Of one part it makes no difference.
             iters: of Lloyd's algorithm.
             samples: so many keys of a head are used at most, drawn at random.
             seed: of the draw and of k-means++.
@@ -108,12 +111,18 @@ class Codebook(nn.Module):
         if keys.dim() != 3:
             raise ValueError(f"keys has shape {list(keys.shape)}; wanted [heads, n, head_dim]")
         heads, n, head_dim = keys.shape
-        book = cls(heads, head_dim, num_codes, num_subspaces, query_aware=queries is not None, device=keys.device)
-        if queries is not None:
-            book.chol, book.inv = torch.ops.effk.vq_metric(queries)
+        if queries is not None and (queries.dim() != 3 or queries.shape[::2] != keys.shape[::2]):
+            raise ValueError(f"queries has shape {list(queries.shape)}; wanted [{heads}, any, {head_dim}]")
+        book = cls(heads, head_dim, num_codes, num_subspaces, device=keys.device)
         if n > samples:
             drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:samples]
             keys = keys[:, drawn.to(keys.device)]
+        if queries is not None:
+            book.chol, book.inv = torch.ops.effk.vq_metric(queries)
+        if balance and num_subspaces > 1:
+            turn = balancing(keys, book.chol, num_subspaces)
+            # (L Q)^-T is L^-T Q.
+            book.chol, book.inv = (turn if t is None else t @ turn for t in (book.chol, book.inv))
         with progress_bar("Training codebooks", heads, progress) as advance:
             for h in range(heads):
                 chol = None if book.chol is None else book.chol[h : h + 1]
@@ -207,7 +216,7 @@ class Codebook(nn.Module):
             raise ValueError(f"{path}: words has shape {list(words.shape)}; wanted [heads, m, C, d]")
         heads, subspaces, codes, width = words.shape
         try:
-            book = cls(heads, subspaces * width, codes, subspaces, query_aware="chol" in tensors, device="meta")
+            book = cls(heads, subspaces * width, codes, subspaces, transformed="chol" in tensors, device="meta")
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: {error}") from error
         for name, t in tensors.items():
@@ -222,7 +231,7 @@ class Codebook(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"heads={self.heads}, head_dim={self.head_dim}, num_codes={self.num_codes}, "
-            f"num_subspaces={self.num_subspaces}, query_aware={self.chol is not None}, bits={self.bits}"
+            f"num_subspaces={self.num_subspaces}, transformed={self.chol is not None}, bits={self.bits}"
         )
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -234,6 +243,28 @@ class Codebook(nn.Module):
             if after.dtype != t.dtype:
                 setattr(self, name, t.to(after.device))
         return self
+
+
+def balancing(keys: Tensor, chol: Tensor | None, num_subspaces: int) -> Tensor:
+    """Rotations Q [heads, D, D]: the parts of (k L) Q have about the same product of variances, along its axes.
+
+    Axes of the largest variance go first, each to the part that has least so far.
+    """
+    turns = []
+    for h in range(len(keys)):
+        x = keys[h].double() if chol is None else keys[h].double() @ chol[h].double()
+        x = x - x.mean(0)
+        variances, axes = torch.linalg.eigh(x.mT @ x)
+        logs = variances.clamp(min=max(variances[-1].item() * 1e-12, 1e-300)).log()
+        room = len(logs) // num_subspaces
+        parts: list[list[int]] = [[] for _ in range(num_subspaces)]
+        sizes = [0.0] * num_subspaces
+        for i in reversed(range(len(logs))):
+            part = min((p for p in range(num_subspaces) if len(parts[p]) < room), key=lambda p: sizes[p])
+            parts[part].append(i)
+            sizes[part] += (logs[i] - logs[0]).item()
+        turns.append(axes[:, [i for part in parts for i in part]].float())
+    return torch.stack(turns)
 
 
 def decode_attention(

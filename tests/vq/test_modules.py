@@ -11,6 +11,7 @@ import pytest
 import torch
 from effk import vq
 from effk.vq import Codebook, reference
+from effk.vq.codebook import balancing
 from torch import Tensor
 
 from ..kit import tensors
@@ -47,12 +48,12 @@ def test_sizes(book: Codebook) -> None:
     assert book.packed and book.encode(normal(1, HEADS, 5, DIM)).shape == (1, HEADS, 5, 2)
     wide = Codebook(HEADS, DIM)
     assert wide.bits == 12 and not wide.packed and wide.encode(normal(1, HEADS, 5, DIM)).dtype == torch.int16
-    assert "num_codes=16, num_subspaces=4, query_aware=True, bits=16" in repr(book)
+    assert "num_codes=16, num_subspaces=4, transformed=True, bits=16" in repr(book)
 
 
 def test_words_encode_to_themselves(book: Codebook) -> None:
     """As keys that are stood for exactly, they also come back."""
-    plain = fitted()
+    plain = fitted(balance=False)
     codes = torch.arange(16).expand(1, HEADS, 4, 16).transpose(2, 3)  # [1, HEADS, 16, 4]
     packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
     found = plain.decode(packed)
@@ -73,6 +74,29 @@ def test_query_aware_words_serve_queries_better() -> None:
         wrong = keys[None] - book.decode(book.encode(keys[None]))
         errors.append((queries[None] @ wrong.mT).square().mean().item())
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_balanced_parts() -> None:
+    """Rotations, after which the parts vary alike; and words that fit better."""
+    keys = skewed(HEADS, 2000, DIM)
+    chol, _ = vq.metric(normal(HEADS, 300, DIM, seed=1))
+    for given in (None, chol):
+        turn = balancing(keys, given, 4)
+        assert torch.allclose(turn @ turn.mT, torch.eye(DIM).expand(HEADS, -1, -1), atol=1e-5)
+        x = keys if given is None else keys @ given
+        logs = (x @ turn).unflatten(-1, (4, -1)).var(1).log().sum(-1)
+        # No more apart than the one that a largest variance can make.
+        assert (logs.amax(1) - logs.amin(1) < (x @ turn).var(1).log().amax(1) - (x @ turn).var(1).log().amin(1)).all()
+    error = [
+        (keys[None] - book.decode(book.encode(keys[None]))).square().mean()
+        for book in (
+            Codebook.fit(keys, num_codes=16, num_subspaces=4, balance=b, progress=False) for b in (True, False)
+        )
+    ]
+    assert error[0] < error[1]
+    book = Codebook.fit(keys, normal(HEADS, 300, DIM, seed=1), num_codes=4, num_subspaces=2, progress=False)
+    assert book.chol is not None and book.inv is not None
+    assert torch.allclose(book.chol @ book.inv.mT, torch.eye(DIM).expand(HEADS, -1, -1), atol=1e-3)
 
 
 def test_same_seed_same_words() -> None:
@@ -110,7 +134,7 @@ def test_fitting_is_logged_and_can_be_interrupted(caplog, monkeypatch) -> None:
         ({"num_codes": 500}, RuntimeError, "keys has 400"),
         ({"num_subspaces": 3}, ValueError, "a divisor of head_dim, 16"),
         ({"iters": -1}, RuntimeError, "iters is -1"),
-        ({"queries": torch.zeros(1, 4, DIM)}, RuntimeError, "chol"),
+        ({"queries": torch.zeros(1, 4, DIM)}, ValueError, "wanted .2, any, 16."),
         ({"queries": torch.full((HEADS, 4, DIM), torch.nan)}, RuntimeError, "vq_metric: q"),
     ],
 )
@@ -132,7 +156,7 @@ def test_wrong_keys() -> None:
 @pytest.mark.parametrize("query_aware", [False, True], ids=["plain", "query-aware"])
 def test_saved_and_loaded(tmp_path: Path, query_aware: bool) -> None:
     pytest.importorskip("safetensors")
-    book = fitted(queries=normal(HEADS, 300, DIM, seed=1) if query_aware else None)
+    book = fitted(queries=normal(HEADS, 300, DIM, seed=1) if query_aware else None, balance=query_aware)
     book.save(tmp_path / "book")
     again = Codebook.load(tmp_path / "book")
     keys, q = normal(1, HEADS, 50, DIM, seed=3), normal(1, HEADS * GROUP, DIM, seed=4)
@@ -176,7 +200,7 @@ def test_casts_and_copies(book: Codebook) -> None:
     other = copy.deepcopy(book).to(torch.bfloat16)
     for name, t in book.named_buffers():
         assert same_bits(getattr(other, name), t)
-    empty = Codebook(HEADS, DIM, 16, 4, query_aware=True)
+    empty = Codebook(HEADS, DIM, 16, 4, transformed=True)
     empty.load_state_dict(book.state_dict())
     assert same_bits(empty.words, book.words)
     assert copy.deepcopy(book).to("meta").words.is_meta
