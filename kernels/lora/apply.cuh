@@ -1,21 +1,18 @@
-// lora_apply on CUDA, in three launches; their sizes come from shapes alone, and nobody waits for the device.
+// lora_apply on CUDA, in two launches; their sizes come from shapes alone, and nobody waits for the device.
 //
-// 1. Group. Tokens are taken in chunks, and a block sorts a chunk's pairs by adapter. Those that take part, entries,
-//    get numbers in this order. From them it makes tiles (up to 16 entries of an adapter, for step 2) and records (the
-//    entries of an adapter in a unit of 1 or 8 tokens, for step 3).
-// 2. Shrink: inner = A x in float32, for a tile and 8 of its adapter's ranks in a block, whose warps share the columns.
-// 3. Expand: y + sum of factor * (B inner) for a unit of tokens and 128 outputs in a block, a thread has one output. It
-//    goes through the unit's records by ascending adapter.
+// 1. Shrink: inner = A x in float32, for the tokens of a chunk that have an adapter, and 8 of its ranks, in a block,
+//    whose warps share the columns. Each block finds its tokens by itself: that is cheaper than a launch that sorts.
+// 2. Expand: y + sum of factor * (B inner) for a unit of 1 or 8 tokens. A block first makes records of them, one for
+//    each adapter, in ascending order, then goes through these. 16-bit types: a warp has 16 outputs, on tensor cores,
+//    where inner is a sum of three bfloat16 numbers, and so is exact. float32: a thread has one output.
 //
 // A token's sums are made in the same order whatever tokens are around it, so its result has the same bits.
-// Nothing of this has been measured on a GPU.
 #pragma once
 
 #include "load.cuh"
 
 namespace effk::lora {
 
-constexpr int kGroupThreads = 256;
 constexpr int kMostUnit = 8;       // tokens
 constexpr int kMostChunk = 64;     // tokens
 constexpr int kChunkPairs = 1024;  // at most
@@ -24,6 +21,11 @@ constexpr int kTileTokens = 16, kTileRanks = 8;
 constexpr int kShrinkWarps = 8, kShrinkThreads = kShrinkWarps * gpu::kWarp;
 constexpr int kExpandThreads = 128;
 constexpr int64_t kMostApplyBlocks = 1 << 20;  // beyond, blocks take several items
+constexpr int64_t kEnoughBlocks = 512;         // of step 2
+
+// Outputs of a block of step 2.
+template <class X>
+constexpr int kExpandRows = sizeof(X) == 2 ? kExpandThreads / gpu::kWarp * 16 : kExpandThreads;
 
 // The arguments of a call, and how it is shared out.
 struct ApplyArgs {
@@ -34,151 +36,51 @@ struct ApplyArgs {
   double scale;
   int adapters, pairs;  // pairs of a token
 
-  // Few tokens: more blocks are worth more than reading an adapter once, as it is in L2 anyway.
-  EFFK_HD int unit() const { return a.tokens <= kMostChunk || pairs * kMostUnit > kChunkPairs ? 1 : kMostUnit; }
-  // A multiple of the unit.
-  EFFK_HD int chunk() const {
-    return pairs * kMostChunk <= kChunkPairs ? kMostChunk : kChunkPairs / pairs / unit() * unit();
+  // float32, few tokens: more blocks are worth more than reading an adapter once, as it is in L2 anyway. Tensor cores
+  // have 8 columns either way.
+  EFFK_HD int unit() const {
+    const bool few = a.type == Type::f32 && a.tokens <= kMostChunk;
+    return few || pairs * kMostUnit > kChunkPairs ? 1 : kMostUnit;
   }
+  EFFK_HD int chunk() const { return pairs * kMostChunk <= kChunkPairs ? kMostChunk : kChunkPairs / pairs; }
   EFFK_HD int64_t chunks() const { return ceil_div(a.tokens, chunk()); }
   EFFK_HD int64_t units() const { return ceil_div(a.tokens, unit()); }
   // At most, of a chunk.
   EFFK_HD int entries() const { return static_cast<int>(min_of(chunk(), a.tokens)) * pairs; }
-  EFFK_HD int tiles() const {
-    return static_cast<int>(min_of(entries(), entries() / kTileTokens + min_of(adapters, entries())));
-  }
-  // At most, of a unit.
-  EFFK_HD int records() const { return static_cast<int>(min_of(int64_t{unit()} * pairs, adapters)); }
-  EFFK_HD int record_words() const { return 2 + 2 * unit(); }
+  EFFK_HD int chunk_adapters() const { return static_cast<int>(min_of(adapters, entries())); }
 };
 
-struct Tile {
-  int32_t adapter, rank;
-  int32_t begin, count;  // entries of the chunk
-};
-
-// What the steps hand on to each other. The entries of a chunk begin at the number of its first pair.
-struct Grouped {
-  float* inner;        // [tokens * pairs, rank], of entries
-  Tile* tiles;         // [chunks, tiles]
-  int32_t* num_tiles;  // [chunks]
-  int32_t* token;      // [tokens * pairs], of entries: their number in the chunk
-  // [units, records]: adapter, rank, then the numbers of the tokens' entries in the chunk, or -1, and their factors.
-  int32_t* records;
-  int32_t* num_records;  // [units]
-};
-
-// The layout of one block of memory, aligned to 16 bytes; its size comes back.
-inline int64_t place_grouped(const ApplyArgs& p, void* memory, Grouped* out) {
-  auto* at = static_cast<char*>(memory);
-  const auto take = [&](auto*& pointer, int64_t count) {
-    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-    at += ceil_div(count * sizeof(*pointer), 16) * 16;
-  };
-  take(out->inner, p.a.tokens * p.pairs * p.a.rank);
-  take(out->tiles, p.chunks() * p.tiles());
-  take(out->num_tiles, p.chunks());
-  take(out->token, p.a.tokens * p.pairs);
-  take(out->records, p.units() * p.records() * p.record_words());
-  take(out->num_records, p.units());
-  return at - static_cast<char*>(memory);
-}
-
+// What step 1 hands on, for a token's first pair of each adapter: [tokens * pairs, rank] floats.
 inline int64_t apply_workspace(const ApplyArgs& p) {
-  Grouped g;
-  return place_grouped(p, nullptr, &g);
+  return p.a.tokens * p.pairs * p.a.rank * static_cast<int64_t>(sizeof(float));
 }
 
-// --- Group ---
+// Adapters and gates of neighbouring tokens' pairs, in shared memory.
+struct TokenPairs {
+  int32_t* adapter;
+  float* gate;
 
-// In shared memory, of a chunk's pairs.
-EFFK_HD constexpr int group_bytes(int pairs) { return pairs * 14; }
-
-EFFK_KERNEL(kGroupThreads, 1) group_kernel(ApplyArgs p, Grouped out) {
-  const int64_t chunk = blockIdx.x, token0 = chunk * p.chunk(), pair0 = token0 * p.pairs;
-  const int tokens = static_cast<int>(min_of(p.chunk(), p.a.tokens - token0)), pairs = tokens * p.pairs;
-  const int all_pairs = p.entries(), unit = p.unit(), unit_pairs = unit * p.pairs;
-  auto* const adapter = reinterpret_cast<int32_t*>(gpu::shared_memory());
-  auto* const factor = reinterpret_cast<float*>(adapter + all_pairs);      // 0: takes no part
-  auto* const number = reinterpret_cast<int32_t*>(factor + all_pairs);     // of the entry
-  auto* const is_first = reinterpret_cast<uint16_t*>(number + all_pairs);  // bit 0: of a tile, bit 1: of a record
-  const auto takes_part = [&](int i) { return factor[i] != 0; };
-  const int64_t unit0 = token0 / unit;  // units don't cross chunks
-  const int units = static_cast<int>(ceil_div(tokens, unit));
-  const auto record_of = [&](int u, int i) { return out.records + ((unit0 + u) * p.records() + i) * p.record_words(); };
-
-  for (int i = threadIdx.x; i < pairs; i += kGroupThreads) adapter[i] = adapter_at(p.ids, pair0 + i, p.adapters);
-  for (int i = threadIdx.x; i < units * p.records(); i += kGroupThreads) {
-    int32_t* const record = record_of(i / p.records(), i % p.records());
-    for (int u = 0; u < unit; ++u) record[2 + u] = -1;
-  }
-  gpu::sync_block();
-
-  // A token's gates of an adapter are summed up at the first of its pairs, in order.
-  for (int i = threadIdx.x; i < pairs; i += kGroupThreads) {
-    const int first = i / p.pairs * p.pairs, id = adapter[i];
-    float f = 0;
-    int j = first;
-    if (id >= 0)
-      while (adapter[j] != id) ++j;
-    if (id >= 0 && j == i) {
-      double sum = 0;
-      for (; j < first + p.pairs; ++j)
-        if (adapter[j] == id) sum += static_cast<double>(p.gates[pair0 + j]);
-      if (rank_of(p.ranks, id, static_cast<int>(p.a.rank)) > 0) f = static_cast<float>(sum * p.scale);
-    }
-    factor[i] = f;
-  }
-  gpu::sync_block();
-
-  for (int i = threadIdx.x; i < pairs; i += kGroupThreads) {
-    if (!takes_part(i)) continue;
-    const int id = adapter[i], my_unit = i / unit_pairs * unit_pairs;
-    int before = 0, of_group = 0, of_record = 0;
-    for (int j = 0; j < pairs; ++j) {
-      if (!takes_part(j)) continue;
-      before += adapter[j] < id;
-      if (adapter[j] == id && j < i) ++of_group, of_record += j >= my_unit;
-    }
-    number[i] = before + of_group;
-    is_first[i] = static_cast<uint16_t>((of_group % kTileTokens == 0) | (of_record == 0) << 1);
-    out.token[pair0 + number[i]] = i / p.pairs;
-  }
-  gpu::sync_block();
-
-  for (int i = threadIdx.x; i < pairs; i += kGroupThreads) {
-    if (!takes_part(i)) continue;
-    const int id = adapter[i], rank = rank_of(p.ranks, id, static_cast<int>(p.a.rank));
-    const int my_unit = i / unit_pairs * unit_pairs, end = my_unit + unit_pairs;
-    int records = 0;
-    for (int j = my_unit; j < end && j < pairs; ++j) records += takes_part(j) && adapter[j] < id && is_first[j] >> 1;
-    int32_t* const record = record_of(i / unit_pairs, records);
-    if (is_first[i] >> 1) record[0] = id, record[1] = rank;
-    const int u = i / p.pairs % unit;
-    record[2 + u] = number[i];
-    record[2 + unit + u] = static_cast<int32_t>(bits_of(factor[i]));
-    if (is_first[i] & 1) {
-      int tiles = 0, count = 0;
-      for (int j = 0; j < pairs; ++j) {
-        if (!takes_part(j)) continue;
-        tiles += number[j] < number[i] && (is_first[j] & 1);
-        count += adapter[j] == id && number[j] >= number[i] && number[j] < number[i] + kTileTokens;
-      }
-      out.tiles[chunk * p.tiles() + tiles] = {id, rank, number[i], count};
+  // By all threads of the block, which has to wait then.
+  EFFK_DEVICE void load(const ApplyArgs& p, int64_t first, int count) const {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      adapter[i] = adapter_at(p.ids, first + i, p.adapters);
+      gate[i] = p.gates[first + i];
     }
   }
-  for (int u = threadIdx.x; u < units; u += kGroupThreads) {
-    int records = 0;
-    for (int j = u * unit_pairs; j < (u + 1) * unit_pairs && j < pairs; ++j)
-      records += takes_part(j) && is_first[j] >> 1;
-    out.num_records[unit0 + u] = records;
+
+  // The factor of pair i, of `pairs` of its token from `first` on: gates of an adapter are summed up at the first of
+  // them, in order. 0: takes no part.
+  EFFK_DEVICE float factor(const ApplyArgs& p, int first, int i) const {
+    const int id = adapter[i];
+    if (id < 0) return 0;
+    for (int j = first; j < i; ++j)
+      if (adapter[j] == id) return 0;
+    double sum = 0;
+    for (int j = i; j < first + p.pairs; ++j)
+      if (adapter[j] == id) sum += static_cast<double>(gate[j]);
+    return rank_of(p.ranks, id, static_cast<int>(p.a.rank)) > 0 ? static_cast<float>(sum * p.scale) : 0;
   }
-  if (threadIdx.x == 0) {
-    int tiles = 0;
-    for (int j = 0; j < pairs; ++j) tiles += takes_part(j) && (is_first[j] & 1);
-    out.num_tiles[chunk] = tiles;
-  }
-}
+};
 
 // --- Shrink ---
 
@@ -196,19 +98,28 @@ EFFK_DEVICE void shrink_warp(const Apply& a, const X* rows, int last_rank, const
     const X* const from_a = rows + int64_t{g < last_rank ? g : last_rank} * a.cols;
     const X* const from_x[2] = {token_at(g), token_at(g + 8)};
     float c[4] = {};
-#pragma unroll 4
-    for (int k = warp * kStep + t * 8; k - t * 8 < cols; k += kShrinkWarps * kStep) {
-      const int left = cols - k;
-      const auto of_a = load_values<kWide, X, 8>(from_a + k, left);
-      const auto x0 = load_values<kWide, X, 8>(from_x[0] + k, left), x1 = load_values<kWide, X, 8>(from_x[1] + k, left);
+    constexpr int kAtOnce = kWide ? 8 : 1;  // on their way
+#pragma unroll 1
+    for (int first = warp * kStep; first < cols; first += kAtOnce * kShrinkWarps * kStep) {
+      Values<X, 8> of_a[kAtOnce], of_x[kAtOnce][2];
 #pragma unroll
-      for (int i = 0; i < 4; i += 2)
-        gpu::mma<X>(c, x0.word[i], x1.word[i], x0.word[i + 1], x1.word[i + 1], of_a.word[i], of_a.word[i + 1]);
+      for (int s = 0; s < kAtOnce; ++s) {
+        const int k = first + s * kShrinkWarps * kStep + t * 8, left = cols - k;
+        of_a[s] = load_values<kWide, X, 8>(from_a + k, left);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) of_x[s][i] = load_values<kWide, X, 8>(from_x[i] + k, left);
+      }
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2)
+          gpu::mma<X>(c, of_x[s][0].word[i], of_x[s][1].word[i], of_x[s][0].word[i + 1], of_x[s][1].word[i + 1],
+                      of_a[s].word[i], of_a[s].word[i + 1]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[(g + i / 2 * 8) * kTileRanks + 2 * t + i % 2] = c[i];
   } else {
-    constexpr int kTokens = 4;  // at once
+    constexpr int kTokens = 4, kRanks = 4;  // at once
 #pragma unroll 1
     for (int first = 0; first <= last_token; first += kTokens) {
       const X* from_x[kTokens];
@@ -222,13 +133,17 @@ EFFK_DEVICE void shrink_warp(const Apply& a, const X* rows, int last_rank, const
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) of_x[i] = load_values<kWide, X, 4>(from_x[i] + k, left);
 #pragma unroll
-        for (int r = 0; r < kTileRanks; ++r) {
-          if (r > last_rank) break;
-          const auto of_a = load_values<kWide, X, 4>(rows + r * a.cols + k, left);
+        for (int r0 = 0; r0 < kTileRanks; r0 += kRanks) {
+          Values<X, 4> of_a[kRanks];
 #pragma unroll
-          for (int i = 0; i < kTokens; ++i)
+          for (int r = 0; r < kRanks; ++r)
+            of_a[r] = load_values<kWide, X, 4>(rows + (r0 + r < last_rank ? r0 + r : last_rank) * a.cols + k, left);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) c[i][r] = fmaf(value(of_a, j), value(of_x[i], j), c[i][r]);
+          for (int r = 0; r < kRanks; ++r)
+#pragma unroll
+            for (int i = 0; i < kTokens; ++i)
+#pragma unroll
+              for (int j = 0; j < 4; ++j) c[i][r0 + r] = fmaf(value(of_a[r], j), value(of_x[i], j), c[i][r0 + r]);
         }
       }
 #pragma unroll
@@ -243,130 +158,372 @@ EFFK_DEVICE void shrink_warp(const Apply& a, const X* rows, int last_rank, const
   }
 }
 
+// In shared memory: a chunk's pairs.
+EFFK_HD constexpr int shrink_bytes(int pairs) { return pairs * 8; }
+
 template <class X>
 EFFK_KERNEL(kShrinkThreads, 2)
-shrink_kernel(ApplyArgs p, Grouped g) {
+shrink_kernel(ApplyArgs p, float* inner) {
   constexpr int kSums = kTileTokens * kTileRanks;
   EFFK_SHARED(float[kShrinkWarps][kSums], sums);
+  EFFK_SHARED(int32_t[kMostChunk], token);
+  EFFK_SHARED(int32_t[kMostChunk], entry);  // token's pair
   const Apply& a = p.a;
-  const int tiles = p.tiles(), rank_tiles = static_cast<int>(ceil_div(a.rank, kTileRanks));
+  auto* const ids = reinterpret_cast<int32_t*>(gpu::shared_memory());
+  const TokenPairs of{ids, reinterpret_cast<float*>(ids + p.entries())};
+  const int candidates = p.chunk_adapters(), rank_tiles = static_cast<int>(ceil_div(a.rank, kTileRanks));
+  const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
   const bool wide =
       is_aligned(a.a, a.cols, sizeof(X), 16) && is_aligned(a.x, a.tokens > 1 ? a.x_stride : 0, sizeof(X), 16);
-  for (int64_t item = blockIdx.x; item < p.chunks() * tiles * rank_tiles; item += gridDim.x) {
-    const int64_t chunk = item / rank_tiles / tiles;
-    const int at = static_cast<int>(item / rank_tiles % tiles), r0 = static_cast<int>(item % rank_tiles) * kTileRanks;
-    if (at >= g.num_tiles[chunk]) continue;
-    const Tile tile = g.tiles[chunk * tiles + at];
-    if (r0 >= tile.rank) continue;
-    const int64_t entry0 = chunk * p.chunk() * p.pairs + tile.begin;
-    const X* const rows = static_cast<const X*>(a.a) + (int64_t{tile.adapter} * a.rank + r0) * a.cols;
-    const X* const x = static_cast<const X*>(a.x) + chunk * p.chunk() * a.x_stride;
-    const int ranks = static_cast<int>(min_of(tile.rank - r0, kTileRanks)), warp = threadIdx.x / gpu::kWarp;
-    if (wide)
-      shrink_warp<true>(a, rows, ranks - 1, g.token + entry0, x, tile.count - 1, sums[warp]);
-    else
-      shrink_warp<false>(a, rows, ranks - 1, g.token + entry0, x, tile.count - 1, sums[warp]);
+  for (int64_t item = blockIdx.x; item < p.chunks() * candidates * rank_tiles; item += gridDim.x) {
+    const int64_t token0 = item / rank_tiles / candidates * p.chunk();
+    const int candidate = static_cast<int>(item / rank_tiles % candidates);
+    const int r0 = static_cast<int>(item % rank_tiles) * kTileRanks;
+    const int tokens = static_cast<int>(min_of(p.chunk(), a.tokens - token0)), pairs = tokens * p.pairs;
+    gpu::sync_block();  // the item before
+    of.load(p, token0 * p.pairs, pairs);
     gpu::sync_block();
-    if (threadIdx.x < kSums) {
-      const int token = threadIdx.x / kTileRanks, r = threadIdx.x % kTileRanks;
-      if (token < tile.count && r < ranks) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < kShrinkWarps; ++i) sum += sums[i][threadIdx.x];
-        g.inner[(entry0 + token) * a.rank + r0 + r] = sum;
+
+    // Candidates are all adapters, or where there are more of them than pairs, those of the pairs.
+    int id = candidate;
+    if (p.adapters > p.entries()) {
+      id = candidate < pairs ? ids[candidate] : -1;
+      for (int i = 0; i < candidate && id >= 0; ++i)
+        if (ids[i] == id) id = -1;  // of another block
+    }
+    if (id < 0) continue;
+    const int rank = rank_of(p.ranks, id, static_cast<int>(a.rank));
+    if (r0 >= rank) continue;
+
+    // Warps all make the same list, of 32 tokens at a time; the first one writes it down.
+    int count = 0;
+    for (int first = 0; first < tokens; first += gpu::kWarp) {
+      const int mine = first + lane, end = mine < tokens ? (mine + 1) * p.pairs : 0;
+      int i = mine * p.pairs;
+      while (i < end && ids[i] != id) ++i;
+      const bool has = i < end && of.factor(p, mine * p.pairs, i) != 0;
+      const uint32_t all = gpu::vote(has);
+      if (has && warp == 0) {
+        const int at = count + static_cast<int>(gpu::popcount(all & ((1u << lane) - 1)));
+        token[at] = mine;
+        entry[at] = i;
       }
+      count += static_cast<int>(gpu::popcount(all));
     }
     gpu::sync_block();
+
+    const X* const rows = static_cast<const X*>(a.a) + (int64_t{id} * a.rank + r0) * a.cols;
+    const X* const x = static_cast<const X*>(a.x) + token0 * a.x_stride;
+    const int ranks = static_cast<int>(min_of(rank - r0, kTileRanks));
+    const int ranks_written = static_cast<int>(min_of(ceil_div(rank, 4) * 4, a.rank)) - r0;  // 4 are read at a time
+    for (int first = 0; first < count; first += kTileTokens) {
+      const int here = static_cast<int>(min_of(count - first, kTileTokens));
+      if (wide)
+        shrink_warp<true>(a, rows, ranks - 1, token + first, x, here - 1, sums[warp]);
+      else
+        shrink_warp<false>(a, rows, ranks - 1, token + first, x, here - 1, sums[warp]);
+      gpu::sync_block();
+      if (threadIdx.x < kSums) {
+        const int t = threadIdx.x / kTileRanks, r = threadIdx.x % kTileRanks;
+        if (t < here && r < ranks_written) {
+          float sum = 0;
+          if (r < ranks)
+#pragma unroll
+            for (int i = 0; i < kShrinkWarps; ++i) sum += sums[i][threadIdx.x];
+          inner[(token0 * p.pairs + entry[first + t]) * a.rank + r0 + r] = sum;
+        }
+      }
+      gpu::sync_block();
+    }
   }
 }
 
 // --- Expand ---
 
-// total += factor * (b inner) of one output, for the tokens that have the adapter of the record.
-template <bool kWide, class X, int kUnit>
-EFFK_DEVICE void add_record(const X* b, const float* inner, int64_t inner_stride, const int32_t* record,
-                            float (&total)[kUnit]) {
-  constexpr int kStep = 4;
-  const int rank = record[1];
-  int entry[kUnit];
+// In shared memory, of a unit's pairs: adapters that take part, in ascending order, and which pair a token has of each.
+struct Records {
+  TokenPairs of;
+  int pairs;         // room
+  float* factor;     // of pairs
+  int32_t* adapter;  // of records
+  int32_t* rank;
+  int16_t* pair;   // [records, unit]: the token's one with the adapter, or -1
+  int16_t* leads;  // of pairs: whether it is the first one with its adapter
+
+  EFFK_DEVICE Records(char* memory, int room) : pairs(room) {
+    of = {reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory) + room};
+    factor = of.gate + room;
+    adapter = of.adapter + 3 * room;
+    rank = adapter + room;
+    leads = reinterpret_cast<int16_t*>(rank + room);
+    pair = leads + room;
+  }
+  EFFK_HD static constexpr int bytes(int pairs, int unit) { return pairs * (22 + 2 * unit); }
+
+  // By all threads of the block, for `count` pairs from number `first` on; gives the number of records.
+  template <int kUnit>
+  EFFK_DEVICE int make(const ApplyArgs& p, int64_t first, int count) const {
+    of.load(p, first, count);
+    gpu::sync_block();
+    for (int i = threadIdx.x; i < count; i += kExpandThreads) factor[i] = of.factor(p, i / p.pairs * p.pairs, i);
+    gpu::sync_block();
+    for (int i = threadIdx.x; i < count; i += kExpandThreads) {
+      bool lead = factor[i] != 0;
+      for (int j = 0; j < i && lead; ++j) lead = factor[j] == 0 || of.adapter[j] != of.adapter[i];
+      leads[i] = lead;
+    }
+    gpu::sync_block();
+    int records = 0;
+    for (int j = 0; j < count; ++j) records += leads[j];
+    for (int i = threadIdx.x; i < count; i += kExpandThreads) {
+      if (!leads[i]) continue;
+      const int id = of.adapter[i];
+      int place = 0;
+      for (int j = 0; j < count; ++j) place += leads[j] && of.adapter[j] < id;
+      adapter[place] = id;
+      rank[place] = rank_of(p.ranks, id, static_cast<int>(p.a.rank));
 #pragma unroll
-  for (int u = 0; u < kUnit; ++u) entry[u] = record[2 + u];
+      for (int u = 0; u < kUnit; ++u) pair[place * kUnit + u] = -1;
+      for (int j = i; j < count; ++j)
+        if (factor[j] != 0 && of.adapter[j] == id) pair[place * kUnit + j / p.pairs] = static_cast<int16_t>(j);
+    }
+    gpu::sync_block();
+    return records;
+  }
+};
+
+// The upper 16 bits of a float, as one; v becomes the rest, exactly.
+EFFK_DEVICE uint32_t take_upper(float& v) {
+  const uint32_t upper = bits_of(v) & 0xffff0000;
+  v -= float_of(upper);
+  return upper;
+}
+
+// The upper parts of two floats as bfloat16 numbers.
+EFFK_DEVICE uint32_t take_pair(float& low, float& high) {
+  return gpu::permute_bytes(take_upper(low), take_upper(high), 0x7632);
+}
+
+// 16 ranks of a record on tensor cores, of which a lane has 4: those of outputs g and g + 8 and of token g.
+template <class X>
+struct RecordStep {
+  Values<X, 4> of_b[2];
+  Values<float, 4> inner;
+  int record;
+  bool is_last;
+
+  // product += b inner, for outputs g, g + 8 and tokens 2t, 2t + 1.
+  EFFK_DEVICE void add(float (&product)[4]) const {
+    float v[4];
+    to_floats(inner, v);
+    uint32_t parts[3][2];
+#pragma unroll
+    for (auto& part : parts) part[0] = take_pair(v[0], v[1]), part[1] = take_pair(v[2], v[3]);
+    const auto multiply = [&](const uint32_t (&b)[2][2]) {
+#pragma unroll
+      for (int i = 2; i >= 0; --i)  // small ones first
+        gpu::mma<BFloat16>(product, b[0][0], b[1][0], b[0][1], b[1][1], parts[i][0], parts[i][1]);
+    };
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      multiply({{of_b[0].word[0], of_b[0].word[1]}, {of_b[1].word[0], of_b[1].word[1]}});
+    } else {  // float16 numbers are sums of two bfloat16 ones
+      uint32_t upper[2][2], lower[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float f[4];
+        to_floats(of_b[i], f);
+        upper[i][0] = take_pair(f[0], f[1]), upper[i][1] = take_pair(f[2], f[3]);
+        lower[i][0] = take_pair(f[0], f[1]), lower[i][1] = take_pair(f[2], f[3]);
+      }
+      multiply(lower);
+      multiply(upper);
+    }
+  }
+};
+
+EFFK_DEVICE bool is_finite(float v) { return (bits_of(v) & 0x7f800000) != 0x7f800000; }
+
+template <class X>
+EFFK_DEVICE float plain_product(const X* b, const float* inner, int rank) {
+  float sum = 0;
+#pragma unroll 1
+  for (int r = 0; r < rank; ++r) sum = fmaf(to_float(b[r]), inner[r], sum);
+  return sum;
+}
+
+// A warp's 16 outputs from `row0` on, of a unit's tokens.
+template <bool kWide, class X, int kUnit>
+EFFK_DEVICE void expand_warp(const ApplyArgs& p, const Records& records, int num_records, const float* inner,
+                             int64_t token0, int64_t row0) {
+  constexpr int kStep = 16, kAtOnce = 4;
+  const Apply& a = p.a;
+  const int lane = threadIdx.x % gpu::kWarp, g = lane / 4, t = lane % 4;
+  const auto row_of = [&](int i) { return row0 + g + i / 2 * 8; };
+  const auto token_of = [&](int i) { return 2 * t + i % 2; };
+  const auto is_there = [&](int i) {
+    return row_of(i) < a.rows && token_of(i) < kUnit && token0 + token_of(i) < a.tokens;
+  };
+  float total[4] = {}, product[4] = {};
+  if (a.y_in) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (is_there(i))
+        total[i] = to_float(static_cast<const X*>(a.y_in)[(token0 + token_of(i)) * a.y_stride + row_of(i)]);
+  }
+  const auto b_of = [&](int record) { return static_cast<const X*>(a.b) + records.adapter[record] * a.rows * a.rank; };
+  const float* const from_inner = inner + token0 * p.pairs * a.rank + 4 * t;
+  int record = 0, r = 0;
+  while (record < num_records) {
+    RecordStep<X> steps[kAtOnce];
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      RecordStep<X>& step = steps[s];
+      step.record = record;
+      if (record >= num_records) continue;
+      const int rank = records.rank[record], left = rank - r - 4 * t;
+      const int pair = g < kUnit ? records.pair[record * kUnit + g] : -1;
+      const X* const b = b_of(record) + (row0 + g) * a.rank + r + 4 * t;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        step.of_b[i] = load_values<kWide, X, 4>(b + 8 * i * a.rank, row_of(2 * i) < a.rows ? left : 0);
+        if (kWide && left < 4) cut(step.of_b[i], left);
+      }
+      step.inner = load_values<kWide, float, 4>(from_inner + pair * a.rank + r, pair >= 0 ? left : 0);
+      r += kStep;
+      step.is_last = r >= rank;
+      if (step.is_last) r = 0, ++record;
+    }
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      const RecordStep<X>& step = steps[s];
+      if (step.record >= num_records) continue;
+      step.add(product);
+      if (!step.is_last) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int pair = token_of(i) < kUnit ? records.pair[step.record * kUnit + token_of(i)] : -1;
+        if (pair >= 0 && row_of(i) < a.rows) {
+          if (!is_finite(product[i]))  // infinity isn't a sum of three numbers
+            product[i] = plain_product(b_of(step.record) + row_of(i) * a.rank,
+                                       inner + (token0 * p.pairs + pair) * a.rank, records.rank[step.record]);
+          total[i] = fmaf(records.factor[pair], product[i], total[i]);
+        }
+        product[i] = 0;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (is_there(i)) from_float(total[i], static_cast<X*>(a.y) + (token0 + token_of(i)) * a.rows + row_of(i));
+}
+
+// total += factor * (b inner) of one output, for the tokens that have the adapter of the record.
+template <bool kWide, int kUnit>
+EFFK_DEVICE void add_record(const float* b, const float* inner, int64_t inner_stride, const Records& records,
+                            int record, float (&total)[kUnit]) {
+  constexpr int kStep = 4;
+  const int rank = records.rank[record];
+  int pair[kUnit];
+#pragma unroll
+  for (int u = 0; u < kUnit; ++u) pair[u] = records.pair[record * kUnit + u];
   float sums[kUnit] = {};
 #pragma unroll(kUnit == 1 ? 4 : 1)
   for (int r = 0; r < rank; r += kStep) {
     float of_b[kStep];
-    to_floats(load_values<kWide, X, kStep>(b + r, rank - r), of_b);
+    to_floats(load_values<kWide, float, kStep>(b + r, rank - r), of_b);
 #pragma unroll
     for (int u = 0; u < kUnit; ++u) {
-      if (entry[u] < 0) continue;
-      const auto v = load_values<kWide, float, kStep>(inner + entry[u] * inner_stride + r, rank - r);
+      if (pair[u] < 0) continue;
+      const auto v = load_values<kWide, float, kStep>(inner + pair[u] * inner_stride + r, rank - r);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) sums[u] = fmaf(of_b[i], value(v, i), sums[u]);
     }
   }
 #pragma unroll
   for (int u = 0; u < kUnit; ++u)
-    if (entry[u] >= 0) total[u] = fmaf(float_of(static_cast<uint32_t>(record[2 + kUnit + u])), sums[u], total[u]);
+    if (pair[u] >= 0) total[u] = fmaf(records.factor[pair[u]], sums[u], total[u]);
 }
 
+// A thread's output of a unit's tokens.
+template <int kUnit>
+EFFK_DEVICE void expand_thread(const ApplyArgs& p, const Records& records, int num_records, const float* inner,
+                               int64_t token0, int64_t row) {
+  const Apply& a = p.a;
+  if (row >= a.rows) return;
+  const int tokens = static_cast<int>(min_of(kUnit, a.tokens - token0));
+  float total[kUnit];
+#pragma unroll
+  for (int u = 0; u < kUnit; ++u)
+    total[u] = a.y_in && u < tokens ? static_cast<const float*>(a.y_in)[(token0 + u) * a.y_stride + row] : 0;
+  const bool wide = is_aligned(a.b, a.rank, sizeof(float), 16);
+  for (int i = 0; i < num_records; ++i) {
+    const float* const b = static_cast<const float*>(a.b) + (records.adapter[i] * a.rows + row) * a.rank;
+    const float* const from = inner + token0 * p.pairs * a.rank;
+    if (wide && records.rank[i] % 4 == 0)
+      add_record<true>(b, from, a.rank, records, i, total);
+    else
+      add_record<false>(b, from, a.rank, records, i, total);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnit; ++u)
+    if (u < tokens) static_cast<float*>(a.y)[(token0 + u) * a.rows + row] = total[u];
+}
+
+// A block goes through `slices` slices of outputs with the same records.
 template <class X, int kUnit>
 EFFK_KERNEL(kExpandThreads, 4)
-expand_kernel(ApplyArgs p, Grouped g) {
+expand_kernel(ApplyArgs p, const float* inner, int64_t slices) {
   const Apply& a = p.a;
-  const int64_t slices = ceil_div(a.rows, kExpandThreads);
+  const Records records(gpu::shared_memory(), kUnit * p.pairs);
+  const int64_t rows = slices * kExpandRows<X>, blocks = ceil_div(a.rows, rows);  // of a unit
+  // 4 ranks at a time, of b and of inner.
   const bool wide = is_aligned(a.b, a.rank, sizeof(X), 4 * sizeof(X)) && a.rank % 4 == 0;
-  for (int64_t item = blockIdx.x; item < p.units() * slices; item += gridDim.x) {
-    const int64_t unit = item / slices, row = item % slices * kExpandThreads + threadIdx.x, token0 = unit * kUnit;
-    if (row >= a.rows) continue;
-    const int64_t chunk0 = token0 / p.chunk() * p.chunk() * p.pairs;  // its first entry
+  for (int64_t item = blockIdx.x; item < p.units() * blocks; item += gridDim.x) {
+    const int64_t token0 = item / blocks * kUnit, first = item % blocks * rows, end = min_of(first + rows, a.rows);
     const int tokens = static_cast<int>(min_of(kUnit, a.tokens - token0));
-    float total[kUnit];
-#pragma unroll
-    for (int u = 0; u < kUnit; ++u)
-      total[u] = a.y_in && u < tokens ? to_float(static_cast<const X*>(a.y_in)[(token0 + u) * a.y_stride + row]) : 0;
-    const int records = g.num_records[unit];
-    for (int i = 0; i < records; ++i) {
-      const int32_t* const record = g.records + (unit * p.records() + i) * p.record_words();
-      const X* const b = static_cast<const X*>(a.b) + (record[0] * a.rows + row) * a.rank;
-      const float* const inner = g.inner + chunk0 * a.rank;
-      if (wide && record[1] % 4 == 0)
-        add_record<true>(b, inner, a.rank, record, total);
+    gpu::sync_block();  // the item before
+    const int count = records.make<kUnit>(p, token0 * p.pairs, tokens * p.pairs);
+#pragma unroll 1
+    for (int64_t slice = first; slice < end; slice += kExpandRows<X>) {
+      if constexpr (sizeof(X) == 4)
+        expand_thread<kUnit>(p, records, count, inner, token0, slice + threadIdx.x);
+      else if (wide)
+        expand_warp<true, X, kUnit>(p, records, count, inner, token0, slice + threadIdx.x / gpu::kWarp * 16);
       else
-        add_record<false>(b, inner, a.rank, record, total);
+        expand_warp<false, X, kUnit>(p, records, count, inner, token0, slice + threadIdx.x / gpu::kWarp * 16);
     }
-#pragma unroll
-    for (int u = 0; u < kUnit; ++u)
-      if (u < tokens) from_float(total[u], static_cast<X*>(a.y) + (token0 + u) * a.rows + row);
   }
 }
 
 // --- Host side ---
 
 template <class X>
-gpu::Error launch_apply_of(const ApplyArgs& p, const Grouped& g, int64_t most_blocks, gpu::Stream stream) {
+gpu::Error launch_apply_of(const ApplyArgs& p, float* inner, int64_t most_blocks, gpu::Stream stream) {
   const auto grid = [&](int64_t items) { return dim3(static_cast<unsigned>(min_of(items, most_blocks))); };
-  const int64_t shrinks = p.chunks() * p.tiles() * ceil_div(p.a.rank, kTileRanks);
-  const int64_t expands = p.units() * ceil_div(p.a.rows, kExpandThreads);
+  const int64_t shrinks = p.chunks() * p.chunk_adapters() * ceil_div(p.a.rank, kTileRanks);
+  // With many tokens, making records shouldn't count.
+  const int64_t all_slices = ceil_div(p.a.rows, kExpandRows<X>);
+  const int64_t some_slices = p.units() * all_slices / min_of(kEnoughBlocks, most_blocks);
+  const int64_t slices = some_slices < 1 ? 1 : min_of(some_slices, all_slices);
+  const int64_t expands = p.units() * ceil_div(all_slices, slices);
   if (shrinks > 0)
-    if (const gpu::Error error = gpu::launch(shrink_kernel<X>, grid(shrinks), kShrinkThreads, 0, stream, p, g))
+    if (const gpu::Error error =
+            gpu::launch(shrink_kernel<X>, grid(shrinks), kShrinkThreads, shrink_bytes(p.entries()), stream, p, inner))
       return error;
   const auto expand = p.unit() == 1 ? expand_kernel<X, 1> : expand_kernel<X, kMostUnit>;
-  return gpu::launch(expand, grid(expands), kExpandThreads, 0, stream, p, g);
+  return gpu::launch(expand, grid(expands), kExpandThreads, Records::bytes(p.unit() * p.pairs, p.unit()), stream, p,
+                     static_cast<const float*>(inner), slices);
 }
 
 // The workspace has apply_workspace(p) bytes.
 inline gpu::Error launch_apply(const ApplyArgs& p, void* workspace, gpu::Stream stream,
                                int64_t most_blocks = kMostApplyBlocks) {
   if (p.a.tokens == 0 || p.a.rows == 0) return nullptr;
-  Grouped g;
-  place_grouped(p, workspace, &g);
-  if (const gpu::Error error = gpu::launch(group_kernel, dim3(static_cast<unsigned>(p.chunks())), kGroupThreads,
-                                           group_bytes(p.entries()), stream, p, g))
-    return error;
+  auto* const inner = static_cast<float*>(workspace);
   switch (p.a.type) {
-    case Type::f32: return launch_apply_of<float>(p, g, most_blocks, stream);
-    case Type::f16: return launch_apply_of<Half>(p, g, most_blocks, stream);
-    default: return launch_apply_of<BFloat16>(p, g, most_blocks, stream);
+    case Type::f32: return launch_apply_of<float>(p, inner, most_blocks, stream);
+    case Type::f16: return launch_apply_of<Half>(p, inner, most_blocks, stream);
+    default: return launch_apply_of<BFloat16>(p, inner, most_blocks, stream);
   }
 }
 
