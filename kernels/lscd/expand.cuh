@@ -24,7 +24,7 @@ constexpr int kStepCols = kStepSubCols * kSub;
 constexpr int kStepWeights = kStripRows * kStepCols;
 
 // Steps whose values are in the ring at the same time: as many of a tile as fit when they are dense.
-constexpr int kGroupBytes = 8192;
+constexpr int kGroupBytes = 4096;
 template <class V>
 constexpr int kGroupSteps = kGroupBytes / kStepWeights / static_cast<int>(sizeof(V)) < kTileSubCols / kStepSubCols
                                 ? kGroupBytes / kStepWeights / static_cast<int>(sizeof(V))
@@ -63,35 +63,39 @@ class ValueStream {
     const int64_t limit = p.num_values - kValuePad;
     const int64_t begin = clamp(p.offsets[first], 0, limit) / kValueAlign * kValueAlign;
     const int64_t end = clamp(p.offsets[last], begin, limit);
-    from_ = static_cast<const char*>(p.values) + begin * value_bytes;
-    bytes_ = (end - begin) * value_bytes;
-    const int64_t chunks = (bytes_ + kChunkBytes - 1) / kChunkBytes;
-    chunks_ = static_cast<int>(clamp(chunks, 0, int64_t{1} << 30));
+    const int lane_byte = static_cast<int>(threadIdx.x) % gpu::kWarp * 16;
+    from_ = static_cast<const char*>(p.values) + begin * value_bytes + lane_byte;
+    const int64_t bytes = (end - begin) * value_bytes, chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
+    constexpr int64_t kMost = int64_t{1} << 30;  // more than a strip can have
+    left_ = static_cast<int>(clamp(chunks, 0, kMost));
+    // The padding of `values` completes the last 16 bytes.
+    is_short_ = left_ > 0 && int64_t{left_ - 1} * kChunkBytes + lane_byte >= bytes;
   }
 
-  // Starts copying into all of the ring that lies behind the byte `used`, which all lanes must be done with.
-  EFFK_DEVICE void fill(int64_t used) {
-    const int64_t end = used / kChunkBytes + kRingChunks;
+  // Starts copying into all of the ring but for the chunks in use; with `done` more all lanes are done.
+  EFFK_DEVICE void fill(int done) {
+    held_ -= done;
     const int lane_byte = static_cast<int>(threadIdx.x) % gpu::kWarp * 16;
-    while (issued_ < chunks_ && issued_ < end) {
-      const int64_t byte = int64_t{issued_} * kChunkBytes + lane_byte;
-      // The padding of `values` completes the last 16 bytes.
-      if (byte < bytes_) {
-        gpu::async_copy(ring_ + slot_ * kChunkBytes + lane_byte, from_ + byte);
-        if (slot_ == 0 && lane_byte < mirrored_ * 16) gpu::async_copy(ring_ + kRingBytes + lane_byte, from_ + byte);
+#pragma unroll 1
+    while (left_ > 0 && held_ < kRingChunks) {
+      --left_;
+      if (left_ > 0 || !is_short_) {
+        gpu::async_copy(ring_ + slot_ * kChunkBytes + lane_byte, from_);
+        if (slot_ == 0 && lane_byte < mirrored_ * 16) gpu::async_copy(ring_ + kRingBytes + lane_byte, from_);
       }
       gpu::async_commit();
-      ++issued_;
+      from_ += kChunkBytes;
+      ++held_;
       slot_ = slot_ + 1 == kRingChunks ? 0 : slot_ + 1;
     }
   }
 
-  // Waits until the bytes before `end` are in the ring. Followed by sync_warp(), as other lanes copied some.
-  EFFK_DEVICE void wait(int64_t end) const {
-    const int64_t pending = issued_ - (end + kChunkBytes - 1) / kChunkBytes;
+  // Waits until the ring's first `chunks` are there. Followed by sync_warp(), as other lanes copied some.
+  EFFK_DEVICE void wait(int chunks) const {
+    const int pending = held_ - chunks;
     // One chunk is one group; waiting for a few more than needed keeps the table short.
-    if (pending >= 8)
-      gpu::async_wait<8>();
+    if (pending >= 6)
+      gpu::async_wait<6>();
     else if (pending >= 4)
       gpu::async_wait<4>();
     else if (pending >= 2)
@@ -103,13 +107,13 @@ class ValueStream {
  private:
   EFFK_DEVICE static int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 
-  const char* from_;
-  int64_t bytes_;
+  const char* from_;  // the lane's next 16 bytes
   char* ring_;
-  int mirrored_;    // 16-byte pieces of it
-  int chunks_;      // in the stream
-  int issued_ = 0;  // of them
-  int slot_ = 0;    // of the next one
+  int mirrored_;   // 16-byte pieces of it
+  int left_;       // chunks of the stream that are still to copy
+  bool is_short_;  // the last of them ends before the lane's bytes
+  int held_ = 0;   // chunks that the ring has or is getting; fewer than none where the bitmap wants too many
+  int slot_ = 0;   // of the next one
 };
 
 // Sum of the lanes before this one.
@@ -128,29 +132,32 @@ EFFK_DEVICE uint32_t sum_before(uint32_t v) {
 // is this lane's Octet at row lane / 4 and `column`, `lower` the one 8 rows below. `shared` is the warp's
 // kWarpBytes of shared memory, free again afterwards.
 template <class V, int kUnroll, class F>
-EFFK_DEVICE void for_each_step(const Packed& p, int64_t strip, int64_t t0, int64_t t1, char* shared, F&& f) {
+EFFK_DEVICE void for_each_step(const Packed& p, int64_t strip, int t0, int t1, char* shared, F&& f) {
   if (t0 >= t1) return;
+  constexpr int kBytes = sizeof(V);
   const int lane = threadIdx.x % gpu::kWarp, g = lane / 4, t = lane % 4;
   char* const ring = shared;
   uint4* const entries = reinterpret_cast<uint4*>(shared + kRingBytes + kMirrorBytes);
-  const int64_t sub_cols = p.shape.sub_cols(), tiles = p.shape.tiles();
+  const int sub_cols = static_cast<int>(p.shape.sub_cols());
+  const int64_t first_tile = strip * p.shape.tiles();
 
   // A lane loads the upper and lower word of one column of sub-tiles of each tile.
   const uint64_t* words = p.bitmap + (strip * sub_cols + t0 * kTileSubCols + lane) * kStripSubs;
-  const auto load_words = [&](int64_t tile) {
+  const auto load_words = [&](int tile) {
     uint4 w{0, 0, 0, 0};
-    if (tile < t1 && tile * kTileSubCols + lane < sub_cols) w = gpu::load_once(words + (tile - t0) * kTileWords);
+    if (tile < t1 && tile * kTileSubCols + lane < sub_cols) w = gpu::load_once(words);
+    words += kTileWords;
     return w;
   };
   uint4 next = load_words(t0);
-  ValueStream stream(p, sizeof(V), strip * tiles + t0, strip * tiles + t1, ring);
+  ValueStream stream(p, kBytes, first_tile + t0, first_tile + t1, ring);
   stream.fill(0);
 
-  const uint32_t row_shift = g % 4 * kSub, rows_before = (1u << row_shift) - 1;
+  const uint32_t row_shift = g % 4 * kSub;
   const uint32_t ring_end = gpu::shared_address(ring) + kRingBytes;
-  int64_t used = 0;  // bytes of the stream
-  int at = 0;        // used, in the ring
-  for (int64_t tile = t0; tile < t1; ++tile) {
+  int in_chunk = 0;  // bytes that are used up of the first chunk in use
+  int at = 0;        // the first byte that isn't, in the ring
+  for (int tile = t0; tile < t1; ++tile) {
     // For each half word where its values begin, counted from the tile's first: entries[half][column] is
     // {upper half word, its begin, lower half word, its begin}.
     const uint4 w = next;
@@ -162,26 +169,24 @@ EFFK_DEVICE void for_each_step(const Packed& p, int64_t strip, int64_t t0, int64
     entries[gpu::kWarp + lane] = {w.y, before + upper_half, w.w, before + lower_half};
     const int tile_values = align_values(gpu::shuffle(before + ones, gpu::kWarp - 1));
 
-    const int64_t rest = sub_cols - tile * kTileSubCols;
-    const int tile_steps =
-        rest < kTileSubCols ? (static_cast<int>(rest) + kStepSubCols - 1) / kStepSubCols : kTileSubCols / kStepSubCols;
+    const int rest = sub_cols - tile * kTileSubCols;
+    const int tile_steps = rest < kTileSubCols ? (rest + kStepSubCols - 1) / kStepSubCols : kTileSubCols / kStepSubCols;
     int group_begin = 0;  // values of the tile before the group
     for (int step0 = 0; step0 < tile_steps; step0 += kGroupSteps<V>) {
-      const int step1 = step0 + kGroupSteps<V>;
-      int group_end = tile_values;
-      if (step1 < tile_steps) group_end = gpu::shuffle(before, step1 * kStepSubCols);
-      const int group_bytes = (group_end - group_begin) * static_cast<int>(sizeof(V));
+      const int step1 = step0 + kGroupSteps<V> < tile_steps ? step0 + kGroupSteps<V> : tile_steps;
+      const int group_end = step1 < tile_steps ? gpu::shuffle(before, step1 * kStepSubCols) : tile_values;
+      const int group_bytes = (group_end - group_begin) * kBytes;
       // Of the tile's first value, could the ring be unrolled backwards.
-      const uint32_t group_address = ring_end - kRingBytes + at - group_begin * static_cast<uint32_t>(sizeof(V));
-
-      stream.wait(used + group_bytes);
+      const uint32_t group_address = ring_end - kRingBytes + at - group_begin * kBytes;
+      in_chunk += group_bytes;
+      stream.wait((in_chunk + kChunkBytes - 1) / kChunkBytes);
       gpu::sync_warp();
 #pragma unroll kUnroll
-      for (int step = step0; step < (step1 < tile_steps ? step1 : tile_steps); ++step) {
+      for (int step = step0; step < step1; ++step) {
         const uint4 e = entries[g / 4 * gpu::kWarp + step * kStepSubCols + t];
         const auto octet = [&](uint32_t half, uint32_t begin) {
-          const uint32_t value = begin + gpu::popcount(half & rows_before);
-          uint32_t address = group_address + value * static_cast<uint32_t>(sizeof(V));
+          const uint32_t value = begin + gpu::popcount(half & ((1u << row_shift) - 1));
+          uint32_t address = group_address + value * kBytes;
           if (address >= ring_end) address -= kRingBytes;
           return expand<V>(address, half >> row_shift);
         };
@@ -190,10 +195,10 @@ EFFK_DEVICE void for_each_step(const Packed& p, int64_t strip, int64_t t0, int64
       gpu::sync_warp();
 
       group_begin = group_end;
-      used += group_bytes;
       at += group_bytes;
       if (at >= kRingBytes) at -= kRingBytes;
-      stream.fill(used);
+      stream.fill(in_chunk / kChunkBytes);
+      in_chunk %= kChunkBytes;
     }
   }
   gpu::async_wait<0>();  // corrupt offsets may have started copies that nobody waited for

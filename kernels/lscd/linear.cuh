@@ -15,17 +15,18 @@
 
 namespace effk::lscd {
 
-// How the work is shared out. A block has kWarps warps: as many strips as fit when `strip_warps` of them share
-// one. Strips are cut along their tiles among these warps and among `splits` blocks; sums of the parts are added in
-// a fixed order, those of blocks by a second kernel.
+// How the work is shared out. A block has `warps` warps: as many strips as fit when `strip_warps` of them share one.
+// Strips are cut along their tiles among these warps and among `splits` blocks; sums of the parts are added in a fixed
+// order, those of blocks by a second kernel.
 struct LinearPlan {
   int pass_tokens;  // of a block
   int passes;
+  int warps;
   int strip_warps;
   int splits;
   bool copy_x;  // to a layout of 16-byte pieces first
 
-  int block_strips() const { return kWarps / strip_warps; }
+  int block_strips() const { return warps / strip_warps; }
 };
 
 struct XView {
@@ -42,32 +43,32 @@ class XLane {
   EFFK_DEVICE XLane(const XView& x, int64_t token, int every, uint32_t first_col)
       : from_(static_cast<const X*>(x.data) + token * x.token_stride + first_col),
         stride_(x.token_stride * every),
-        left_(static_cast<int>(x.tokens - token)),
-        every_(every),
-        col_(first_col),
-        cols_(x.cols) {}
+        tokens_(token < x.tokens ? static_cast<int>((x.tokens - token + every - 1) / every) : 0),
+        cols_(tokens_ > 0 && x.cols > first_col ? x.cols - first_col : 0) {}
 
   // 16 bytes of the n-th token; zeros outside of x.
   EFFK_DEVICE uint4 load(int n, int piece = 0) const {
     uint4 words{0, 0, 0, 0};
-    if (n * every_ < left_ && col_ < cols_)
+    if ((n == 0 || n < tokens_) && cols_ > 0)
       words = gpu::load_reused(from_ + n * stride_ + piece * 16 / static_cast<int>(sizeof(X)));
     return words;
   }
 
   EFFK_DEVICE void step() {
     from_ += kStepCols;
-    col_ += kStepCols;
+    cols_ -= cols_ < kStepCols ? cols_ : kStepCols;
   }
 
  private:
   const X* from_;
   int64_t stride_;
-  int left_, every_;
-  uint32_t col_, cols_;
+  int tokens_;
+  uint32_t cols_;  // from there on; 0 where there is no token
 };
 
-// What shared memory (two on sm_80, sm_90 and sm_100) and registers allow.
+// What hides the latency of expanding is other warps: as many as registers and shared memory (two blocks on sm_90 and
+// sm_100) allow.
+EFFK_HD constexpr int block_warps(bool is_float, int pass_tokens) { return !is_float && pass_tokens == 8 ? 16 : 8; }
 constexpr int blocks_per_sm(bool is_float, int pass_tokens) { return pass_tokens <= (is_float ? 1 : 32) ? 2 : 1; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,6 +81,7 @@ inline LinearPlan plan_linear(const Linear& a, int num_sms) {
   // Only these are compiled: 1 and 8; 8, 16, 32 and 64.
   while (plan.pass_tokens < most && plan.pass_tokens < a.tokens) plan.pass_tokens *= is_float ? 8 : 2;
   plan.passes = static_cast<int>(ceil_div(a.tokens, plan.pass_tokens));
+  plan.warps = block_warps(is_float, plan.pass_tokens);
   plan.copy_x = a.x_col_stride != 1 || a.x_token_stride % kSub != 0 || a.w.shape.cols % kSub != 0 ||
                 reinterpret_cast<uintptr_t>(a.x) % 16 != 0;
 
@@ -88,9 +90,9 @@ inline LinearPlan plan_linear(const Linear& a, int num_sms) {
                 at_once = int64_t{num_sms} * blocks_per_sm(is_float, plan.pass_tokens);
   int64_t best = INT64_MAX;
   for (int splits = 1; splits <= 16; splits *= 2) {
-    for (int strip_warps = 1; strip_warps <= kWarps; strip_warps *= 2) {
-      if (splits > 1 && (strip_warps < kWarps || splits * kWarps > tiles)) continue;
-      const int64_t blocks = ceil_div(strips, kWarps / strip_warps) * splits * plan.passes;
+    for (int strip_warps = 1; strip_warps <= plan.warps; strip_warps *= 2) {
+      if (splits > 1 && (strip_warps < plan.warps || splits * plan.warps > tiles)) continue;
+      const int64_t blocks = ceil_div(strips, plan.warps / strip_warps) * splits * plan.passes;
       const int64_t time =
           ceil_div(blocks, at_once) * (ceil_div(tiles, splits * strip_warps) + 1) + (splits > 1 ? 4 : 0);
       if (time >= best) continue;
@@ -232,7 +234,7 @@ class FloatSums {
 template <class V, class X, int kTokens>
 struct SumsOf {
   using type = TensorSums<V, X, kTokens>;
-  static constexpr int kUnroll = kTokens <= 16 ? 2 : 1;  // as registers allow
+  static constexpr int kUnroll = kTokens == 16 ? 2 : 1;  // as registers allow
 };
 template <class V, int kTokens>
 struct SumsOf<V, float, kTokens> {
@@ -242,25 +244,25 @@ struct SumsOf<V, float, kTokens> {
 
 // Blocks are (strips, split, pass).
 template <class V, class X, int kTokens>
-EFFK_KERNEL(kThreads, blocks_per_sm(sizeof(X) == 4, kTokens))
-linear_kernel(Linear a, XView x, int strip_warps, int splits, float* split_sums) {
-  constexpr int kSums = kTokens * kStripRows;
+EFFK_KERNEL(block_warps(sizeof(X) == 4, kTokens) * gpu::kWarp, blocks_per_sm(sizeof(X) == 4, kTokens))
+linear_kernel(Linear a, XView x, int strip_warps, int block_strips, int splits, float* split_sums) {
+  constexpr int kSums = kTokens * kStripRows, kBlockWarps = block_warps(sizeof(X) == 4, kTokens);
   static_assert(kSums * sizeof(float) <= kRingBytes);
-  const int warp = threadIdx.x / gpu::kWarp, block_strips = kWarps / strip_warps;
-  const int64_t strip0 = int64_t{blockIdx.x} * block_strips, strip = strip0 + warp / strip_warps;
-  const int64_t token0 = int64_t{blockIdx.z} * kTokens, tiles = a.w.shape.tiles();
-  const int64_t part = blockIdx.y * strip_warps + warp % strip_warps, parts = int64_t{splits} * strip_warps;
+  const int warp = threadIdx.x / gpu::kWarp;
+  const int64_t strip0 = int64_t{blockIdx.x} * block_strips, token0 = int64_t{blockIdx.z} * kTokens;
   char* const shared = gpu::shared_memory();
 
-  if (strip < a.w.shape.strips()) {
-    const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
+  if (const int64_t strip = strip0 + warp / strip_warps; strip < a.w.shape.strips()) {
+    const int part = static_cast<int>(blockIdx.y) * strip_warps + warp % strip_warps, parts = splits * strip_warps;
+    const int64_t tiles = a.w.shape.tiles();
+    const int t0 = static_cast<int>(tiles * part / parts), t1 = static_cast<int>(tiles * (part + 1) / parts);
     typename SumsOf<V, X, kTokens>::type sums(x, token0, static_cast<uint32_t>(t0) * kTileCols);
     for_each_step<V, SumsOf<V, X, kTokens>::kUnroll>(a.w, strip, t0, t1, shared + warp * kWarpBytes, sums);
     sums.store(reinterpret_cast<float*>(shared + warp * kWarpBytes));
   }
   gpu::sync_block();
 
-  for (int i = threadIdx.x; i < block_strips * kSums; i += kThreads) {
+  for (int i = threadIdx.x; i < block_strips * kSums; i += kBlockWarps * gpu::kWarp) {
     const int64_t row = (strip0 + i / kSums) * kStripRows + i % kStripRows;
     const int64_t token = token0 + i % kSums / kStripRows;
     if (row >= a.w.shape.rows || token >= a.tokens) continue;
@@ -313,7 +315,7 @@ inline gpu::Error launch_finish(const Linear& a, const float* sums, int splits, 
   return gpu::launch(kernel, grid_of(a.w.shape.rows, a.tokens), kThreads, 0, stream, a, sums, splits);
 }
 
-using LinearKernel = void (*)(Linear, XView, int, int, float*);
+using LinearKernel = void (*)(Linear, XView, int, int, int, float*);
 
 template <class V, class X>
 LinearKernel linear_kernel_of(int pass_tokens) {
@@ -355,8 +357,8 @@ inline gpu::Error launch_linear(const Linear& a, const LinearPlan& plan, gpu::St
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(a.w.shape.strips(), plan.block_strips())),
                   static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.passes));
-  const gpu::Error e =
-      gpu::launch(kernel, grid, kThreads, kWarps * kWarpBytes, stream, a, x, plan.strip_warps, plan.splits, split_sums);
+  const gpu::Error e = gpu::launch(kernel, grid, plan.warps * gpu::kWarp, plan.warps * kWarpBytes, stream, a, x,
+                                   plan.strip_warps, plan.block_strips(), plan.splits, split_sums);
   return e || plan.splits == 1 ? e : launch_finish(a, split_sums, plan.splits, stream);
 }
 

@@ -185,7 +185,8 @@ unpack_kernel(Packed p, const float* scale, Out* out) {
   const int64_t tiles = p.shape.tiles(), parts = (tiles + kUnpackTiles - 1) / kUnpackTiles;
   const int64_t item = int64_t{blockIdx.x} * kWarps + warp, strip = item / parts;
   if (strip >= p.shape.strips()) return;
-  const int64_t t0 = item % parts * kUnpackTiles, t1 = t0 + kUnpackTiles < tiles ? t0 + kUnpackTiles : tiles;
+  const int t0 = static_cast<int>(item % parts) * kUnpackTiles;
+  const int t1 = t0 + kUnpackTiles < tiles ? t0 + kUnpackTiles : static_cast<int>(tiles);
   const int64_t row = strip * kStripRows + g, cols = p.shape.cols;
   for_each_step<V, 1>(p, strip, t0, t1, gpu::shared_memory() + warp * kWarpBytes,
                       [&](uint32_t col, const Octet& upper, const Octet& lower) {
