@@ -79,6 +79,16 @@ EFFK_DEVICE uint4 load_reused(const void* p) { return __ldg(static_cast<const ui
 EFFK_DEVICE uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 // Stores 16 aligned bytes that nobody needs soon.
 EFFK_DEVICE void store_once(void* p, const uint4& v) { __stcs(static_cast<uint4*>(p), v); }
+// load_reused() if `present`, else zeros. In C++ the compiler copies a part of the result, and so waits for it.
+EFFK_DEVICE uint4 load_reused_if(const void* p, bool present) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<uint32_t>(present)));
+  return v;
+}
 
 // Copies 16 (or 4) aligned bytes from global to shared memory. A thread's copies up to async_commit() are a group, and
 // async_wait<N>() waits until all but its latest N groups are complete, and only for the thread's own copies.

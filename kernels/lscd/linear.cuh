@@ -1,12 +1,12 @@
 // lscd_linear on CUDA for few tokens: y = activation(scale * (x W^T) + bias).
 //
-// What limits it, by count; nothing of it has been measured. Bytes: W is read once, which at 16 bits is 1.125, 0.725
-// and 0.325 bytes a weight at 50, 70 and 90% sparsity, against 2 of a dense one: at most 1.8, 2.8 and 6.2 times dense.
-// x comes from L1 or L2, 512 bytes a token and tile: at 8 tokens and 70% as much as W, but warps of a block that work
-// on different strips share it in L1. Instructions: 256 weights take a warp about 50 up to 8 tokens (sm_90's machine
-// code), and 9 loads from shared memory, 4 cycles each; on an H200 that is 4.7e12 weights a second, about twice what
-// dense weights could come from its memory at. So bytes are the limit up to some 60%, instructions beyond.
-// Tensor cores idle.
+// What limits it, by count. Bytes: W is read once, which at 16 bits is 1.125, 0.725 and 0.325 bytes a weight at 50, 70
+// and 90% sparsity, against 2 of a dense one: at most 1.8, 2.8 and 6.2 times dense. x comes from L1 or L2, 512 bytes a
+// token and tile: at 8 tokens and 70% as much as W, but warps of a block that work on different strips share it in L1.
+// Instructions: 256 weights take a warp about 55 up to 8 tokens (sm_90's machine code). Shared memory: their loads take
+// 20, 12 and 8 cycles of a multiprocessor at 50, 70 and 90% (bank conflicts of random weights, simulated). On an H200
+// each of the three takes 6 to 8 us for 4096x8192 weights at 70%, and only other warps make them overlap. Tensor cores
+// idle.
 #pragma once
 
 #include <cmath>
@@ -48,10 +48,8 @@ class XLane {
 
   // 16 bytes of the n-th token; zeros outside of x.
   EFFK_DEVICE uint4 load(int n, int piece = 0) const {
-    uint4 words{0, 0, 0, 0};
-    if ((n == 0 || n < tokens_) && cols_ > 0)
-      words = gpu::load_reused(from_ + n * stride_ + piece * 16 / static_cast<int>(sizeof(X)));
-    return words;
+    return gpu::load_reused_if(from_ + n * stride_ + piece * 16 / static_cast<int>(sizeof(X)),
+                               (n == 0 || n < tokens_) && cols_ > 0);
   }
 
   EFFK_DEVICE void step() {

@@ -69,6 +69,9 @@ EFFK_DEVICE uint4 load_reused(const void* p, Site site = Site::current()) {
   simt::check_aligned(p, 16, "load_reused", site);
   return *static_cast<const uint4*>(p);
 }
+EFFK_DEVICE uint4 load_reused_if(const void* p, bool present, Site site = Site::current()) {
+  return present ? load_reused(p, site) : uint4{0, 0, 0, 0};
+}
 EFFK_DEVICE uint4 load_once(const void* p, Site site = Site::current()) {
   simt::check_aligned(p, 16, "load_once", site);
   return *static_cast<const uint4*>(p);
