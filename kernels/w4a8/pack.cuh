@@ -142,7 +142,7 @@ inline gpu::Error launch_pack(const Pack& a, gpu::Stream stream) {
 // --- Unpack ---
 
 EFFK_KERNEL(kThreads, 1) invert_kernel(const int32_t* perm, int64_t rows, int32_t* inverse) {
-  invert(perm, rows, inverse);
+  invert(perm, rows, inverse, int64_t{blockIdx.x} * kThreads + threadIdx.x);
 }
 
 // A thread unpacks 8 columns of a row: 32 bytes of the result. The rows of a block are neighbours, as in the words.

@@ -1,7 +1,7 @@
 // Quantizing on CUDA: w4a8_quantize, and what w4a8_linear and w4a8_accumulate do before their product.
 //
-// A warp takes a token's group: each lane 1, 2, 4 or 8 neighbouring values, so that the group is read and written once
-// and as a whole. What limits it is memory: 2 + 1 bytes a value at 16 bits.
+// A lane takes eight neighbouring values, 4 to 32 lanes a token's group. What limits it is memory: 2 + 1 bytes a value
+// at 16 bits; so that it is not instructions, a lane divides once.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,8 @@ constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kWarps * gpu::kWarp;
 constexpr int kStep = 32;       // input features of an mma
 constexpr int kTokenBlock = 8;  // tokens of an mma
-constexpr int kMostValues = 8;  // of a lane, in a group
+constexpr int kMostValues = 8;  // of a lane
+constexpr int kSpan = gpu::kWarp * kMostValues;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN(),
                 kTiny = std::numeric_limits<float>::min();
@@ -50,10 +51,11 @@ inline int64_t place_prepared(const Shape& s, int64_t tokens, void* memory, Prep
   return q_bytes + token_bytes + s.rows() * int64_t{sizeof(int32_t)};
 }
 
-// Notes where each output feature's row is. Where perm is no permutation, rows that share a feature overwrite each
-// other's notes, and features of no row keep whatever was there.
-EFFK_DEVICE void invert(const int32_t* perm, int64_t rows, int32_t* inverse) {
-  for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < rows; row += int64_t{gridDim.x} * kThreads) {
+// Notes where each output feature's row is, of `row` and those that the grid's number of threads leads to. Where perm
+// is no permutation, rows that share a feature overwrite each other's notes, and features of no row keep whatever was
+// there.
+EFFK_DEVICE void invert(const int32_t* perm, int64_t rows, int32_t* inverse, int64_t row) {
+  for (; row < rows; row += int64_t{gridDim.x} * kThreads) {
     const uint32_t feature = static_cast<uint32_t>(perm[row]);
     if (feature < rows) gpu::atomic_store(inverse + feature, static_cast<int32_t>(row));
   }
@@ -122,22 +124,21 @@ inline bool can_load_wide(const void* p, int64_t row_stride, int64_t col_stride,
   return col_stride == 1 && row_stride * bytes % size == 0 && reinterpret_cast<uintptr_t>(p) % size == 0;
 }
 
-// The largest of the warp's lanes.
-EFFK_DEVICE uint32_t warp_max(uint32_t v) {
+// The largest of `lanes` neighbouring lanes, a power of 2.
+EFFK_DEVICE uint32_t max_of_lanes(uint32_t v, int lanes) {
   const int lane = threadIdx.x % gpu::kWarp;
-#pragma unroll
-  for (int by = 1; by < gpu::kWarp; by *= 2) {
+#pragma unroll 1
+  for (int by = 1; by < lanes; by *= 2) {
     const uint32_t other = gpu::shuffle(v, lane ^ by);
     if (other > v) v = other;
   }
   return v;
 }
 
-EFFK_DEVICE int32_t warp_sum(int32_t v) {
+EFFK_DEVICE int32_t sum_of_lanes(int32_t v, int lanes) {
   const int lane = threadIdx.x % gpu::kWarp;
-#pragma unroll
-  for (int by = 1; by < gpu::kWarp; by *= 2)
-    v += static_cast<int32_t>(gpu::shuffle(static_cast<uint32_t>(v), lane ^ by));
+#pragma unroll 1
+  for (int by = 1; by < lanes; by *= 2) v += static_cast<int32_t>(gpu::shuffle(static_cast<uint32_t>(v), lane ^ by));
   return v;
 }
 
@@ -156,18 +157,35 @@ EFFK_DEVICE int32_t to_integer(float v, float scale, float zero, float low, floa
   return static_cast<int32_t>(q < low ? low : q > high ? high : q);
 }
 
-// The lanes' values from -127 to 127, and their scale.
-EFFK_DEVICE float symmetric(const float (&v)[kMostValues], int32_t (&q)[kMostValues]) {
-  uint32_t magnitude = 0;  // ordered as the numbers are, NaN last
+// Of a lane's values; ordered as the numbers are, NaN last.
+EFFK_DEVICE uint32_t largest_magnitude(const float (&v)[kMostValues]) {
+  uint32_t magnitude = 0;
 #pragma unroll
   for (int i = 0; i < kMostValues; ++i) {
     const uint32_t bits = bits_of(v[i]) & 0x7fffffff;
     if (bits > magnitude) magnitude = bits;
   }
-  const float scale = scale_of(float_of(warp_max(magnitude)), kMaxQuantized);
+  return magnitude;
+}
+
+// The warp's values from -127 to 127, and their scale.
+EFFK_DEVICE float symmetric(const float (&v)[kMostValues], int32_t (&q)[kMostValues]) {
+  const float scale = scale_of(float_of(max_of_lanes(largest_magnitude(v), gpu::kWarp)), kMaxQuantized);
 #pragma unroll
   for (int i = 0; i < kMostValues; ++i) q[i] = to_integer(v[i], scale, 0, -kMaxQuantized, kMaxQuantized);
   return scale;
+}
+
+// Stores eight bytes, the first `valid` of them.
+template <class Q>
+EFFK_DEVICE void store_words(Q* to, uint2 words, int64_t valid) {
+  if (valid >= 8 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+    *reinterpret_cast<uint2*>(to) = words;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < valid) to[i] = static_cast<Q>((i < 4 ? words.x : words.y) >> i % 4 * 8);
+  }
 }
 
 // Stores the low bytes of `count` values, the first `valid` of them.
@@ -188,57 +206,101 @@ EFFK_DEVICE void store_bytes(Q* to, const int32_t (&q)[kMostValues], int count, 
   }
 }
 
+// The bits of 1.5 * 2^23 are this; adding that number to one within +-2^22 rounds it to an integer, which is then the
+// difference of the bits.
+constexpr int32_t kMagicBits = 0x4b400000;
+constexpr float kMagic = 12582912;
+
+// A lane's values as kMagicBits + q.
+EFFK_DEVICE void round_to_integers(const float (&v)[kMostValues], float scale, int32_t (&bits)[kMostValues]) {
+  // Where neither reciprocals nor remainders leave the normal numbers. NaN isn't here either.
+  constexpr float kSmallest = 8.077935669463161e-28f;  // 2^-90; the largest is 2^121
+  if (scale >= kSmallest) {
+    const float reciprocal = 1 / scale;
+#pragma unroll
+    for (int i = 0; i < kMostValues; ++i) {
+      // Two corrections by the exact remainder: the quotient, rounded to nearest.
+      float quotient = v[i] * reciprocal;
+      quotient = fmaf(fmaf(-quotient, scale, v[i]), reciprocal, quotient);
+      quotient = fmaf(fmaf(-quotient, scale, v[i]), reciprocal, quotient);
+      bits[i] = static_cast<int32_t>(bits_of(quotient + kMagic));  // within +-127, as scale comes from the largest
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kMostValues; ++i)
+      bits[i] = kMagicBits + to_integer(v[i], scale, 0, -kMaxQuantized, kMaxQuantized);
+  }
+}
+
 // kPrepare: to p instead of a.q and a.scale, with p.inverse. An int8 x is already quantized and gets no scales.
 template <class X, bool kPrepare>
 EFFK_KERNEL(kThreads, 2)
 quantize_kernel(Quantize a, int64_t tokens, bool wide, Prepared p, const int32_t* perm, int64_t rows) {
-  if constexpr (kPrepare) invert(perm, rows, p.inverse);
-  const int lane = threadIdx.x % gpu::kWarp, count = static_cast<int>(a.group) / gpu::kWarp;
+  // Loaded here and stored in the end, so that nothing waits for both x and perm.
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  uint32_t feature = ~0u;
+  if constexpr (kPrepare) {
+    if (row < rows) feature = static_cast<uint32_t>(perm[row]);
+  }
+  const int lane = threadIdx.x % gpu::kWarp, group_lanes = static_cast<int>(a.group) / kMostValues;
   const int64_t groups = (a.cols + a.group - 1) / a.group;
-  // With those that hold nothing but zeros.
-  const int64_t all_groups = kPrepare ? p.steps * kStep / a.group : groups, all_tokens = kPrepare ? p.tokens : tokens;
-  for (int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / gpu::kWarp; item < all_tokens * all_groups;
+  // With columns and tokens that hold nothing but zeros.
+  const int64_t all_cols = kPrepare ? p.steps * kStep : a.cols, all_tokens = kPrepare ? p.tokens : tokens;
+  const int64_t spans = (all_cols + kSpan - 1) / kSpan;
+  for (int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / gpu::kWarp; item < all_tokens * spans;
        item += int64_t{gridDim.x} * kWarps) {
-    const int64_t token = item / all_groups, group = item % all_groups;
-    const int64_t k = group * a.group + lane * count;
+    const int64_t token =
+        (item | spans) >> 32 == 0 ? static_cast<uint32_t>(item) / static_cast<uint32_t>(spans) : item / spans;
+    const int64_t k = (item - token * spans) * kSpan + lane * kMostValues;
+    const int group = static_cast<int>(k >> (gpu::popcount(static_cast<uint32_t>(a.group) - 1)));
     float v[kMostValues];
-    load_values(static_cast<const X*>(a.x) + token * a.x_token_stride + k * a.x_col_stride, a.x_col_stride, count,
+    load_values(static_cast<const X*>(a.x) + token * a.x_token_stride + k * a.x_col_stride, a.x_col_stride, kMostValues,
                 token < tokens ? a.cols - k : 0, wide, v);
-    int32_t q[kMostValues];
+    int32_t bits[kMostValues];
     float scale = 0;
     if constexpr (std::is_same_v<X, int8_t>) {
 #pragma unroll
-      for (int i = 0; i < kMostValues; ++i) q[i] = static_cast<int32_t>(v[i]);
+      for (int i = 0; i < kMostValues; ++i) bits[i] = kMagicBits + static_cast<int32_t>(v[i]);
     } else {
-      scale = symmetric(v, q);
+      scale = scale_of(float_of(max_of_lanes(largest_magnitude(v), group_lanes)), kMaxQuantized);
+      round_to_integers(v, scale, bits);
     }
+    // Their low bytes.
+    uint2 q;
+    q.x = gpu::join_halves(gpu::permute_bytes(bits[0], bits[1], 0x0040), gpu::permute_bytes(bits[2], bits[3], 0x0040));
+    q.y = gpu::join_halves(gpu::permute_bytes(bits[4], bits[5], 0x0040), gpu::permute_bytes(bits[6], bits[7], 0x0040));
     if constexpr (!kPrepare) {
-      store_bytes(a.q + token * a.q_stride + k, q, count, a.cols - k);
-      if (lane == 0) a.scale[token * groups + group] = scale;
+      store_words(a.q + token * a.q_stride + k, q, a.cols - k);
+      if (lane % group_lanes == 0 && group < groups) a.scale[token * groups + group] = scale;
     } else {
-      const int64_t step = token / kTokenBlock * p.steps + k / kStep;
-      store_bytes(p.q + (step * kTokenBlock + token % kTokenBlock) * kStep + k % kStep, q, count, count);
-      if (group >= groups) continue;
       int32_t sum = 0;
 #pragma unroll
-      for (int i = 0; i < kMostValues; ++i) sum += q[i];
-      sum = warp_sum(sum);
+      for (int i = 0; i < kMostValues; ++i) sum += bits[i] - kMagicBits;
+      sum = sum_of_lanes(sum, group_lanes);
+      if (k >= all_cols) continue;
+      const int64_t step = token / kTokenBlock * p.steps + k / kStep;
+      *reinterpret_cast<uint2*>(p.q + (step * kTokenBlock + token % kTokenBlock) * kStep + k % kStep) = q;
+      if (lane % group_lanes != 0 || group >= groups) continue;
       float* const data = p.token_data + (group * p.tokens / 2 + token / 2) * 4 + token % 2;
-      if (lane == 0) data[0] = scale;
-      if (lane == 1) data[2] = static_cast<float>(sum);  // exact: at most 2^15
+      data[0] = scale;
+      data[2] = static_cast<float>(sum);  // exact: at most 2^15
     }
+  }
+  if constexpr (kPrepare) {
+    if (feature < rows) gpu::atomic_store(p.inverse + feature, static_cast<int32_t>(row));
+    invert(perm, rows, p.inverse, row + int64_t{gridDim.x} * kThreads);
   }
 }
 
 template <class X, bool kPrepare>
 gpu::Error launch_quantize_of(const Quantize& a, int64_t tokens, const Prepared& p, const int32_t* perm, int64_t rows,
                               gpu::Stream stream) {
-  constexpr int64_t kMostBlocks = 1 << 20;  // beyond, warps take several groups
-  const int64_t warps = kPrepare ? p.tokens * (p.steps * kStep / a.group) : tokens * ceil_div(a.cols, a.group);
-  const int64_t for_rows = kPrepare ? ceil_div(rows, 4 * kThreads) : 0, for_groups = ceil_div(warps, kWarps);
-  const int64_t wanted = for_rows > for_groups ? for_rows : for_groups;
+  constexpr int64_t kMostBlocks = 1 << 20;  // beyond, warps take several spans
+  const int64_t warps = kPrepare ? p.tokens * ceil_div(p.steps * kStep, kSpan) : tokens * ceil_div(a.cols, kSpan);
+  const int64_t for_rows = kPrepare ? ceil_div(rows, kThreads) : 0, for_spans = ceil_div(warps, kWarps);
+  const int64_t wanted = for_rows > for_spans ? for_rows : for_spans;
   if (wanted == 0) return nullptr;
-  const bool wide = can_load_wide(a.x, a.x_token_stride, a.x_col_stride, a.group / gpu::kWarp, type_size(a.type));
+  const bool wide = can_load_wide(a.x, a.x_token_stride, a.x_col_stride, kMostValues, type_size(a.type));
   return gpu::launch(quantize_kernel<X, kPrepare>,
                      dim3(static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks)), kThreads, 0, stream, a,
                      tokens, wide, p, perm, rows);
