@@ -28,7 +28,7 @@ from lscd_encoder import Encoder, load
 from torch import Tensor
 
 DOCS = Path(__file__).parents[1] / "docs"
-TEST = ("lscd", "w4a8")  # pages; codebooks are trained on the others
+TRAIN, TEST = ("lora", "moe", "simt"), ("lscd", "w4a8")  # pages
 LENGTH = 512  # tokens of a piece: as many as the model takes
 HEADS, DIM = 12, 32
 # Subspaces and words of each.
@@ -153,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers, sizes, budgets, iters = layers[:1], ((1, 16), (4, 16)), (0.05, 0.25), 2
 
     model, tokenize = load()
-    names = sorted(path.stem for path in DOCS.glob("*.md"))
-    train, test = pieces([n for n in names if n not in TEST], tokenize), pieces(TEST, tokenize)
+    train, test = pieces(TRAIN, tokenize), pieces(TEST, tokenize)
     print(f"MiniLM-L6, layers {layers}: codebooks of {train.numel()} tokens, tried on {len(test)} pieces of {LENGTH}")
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randperm(LENGTH, generator=generator)[: options.queries]
