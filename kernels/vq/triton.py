@@ -664,12 +664,12 @@ ENCODE = {
 LOOK_UP = Variant(
     look_up,
     {"lut": torch.float32, "x": torch.float32, "codebook": torch.float32},
-    {"ROWS": 16, "WORDS": 64, "TILE_K": 32},
+    {"ROWS": 16, "WORDS": 64, "TILE_K": 16},
 )
 QUANTIZE = Variant(
     quantize,
     {"table": torch.uint8, "step_base": torch.float32, "lut": torch.float32},
-    {"WORDS": 256},
+    {"WORDS": 128},
     fused=False,
 )
 # By the types of tables and codes, whether codes are packed, and the heads that share loaded codes.
@@ -719,8 +719,9 @@ ATTEND = {
             "count": torch.int64,
         },
         {"HEADS": 16, "KEYS": 32, "DIM": dim, "VECTOR": vector(dtype) if aligned else 1},
+        # As many as keep all in registers on every architecture.
         num_warps=8 if dtype == torch.float32 and (dim > 64 or not aligned) else 4,
-        num_stages=3,
+        num_stages=4 if dtype == torch.float32 and dim == 64 and aligned else 3,
     )
     for dtype in FLOATS
     for dim, aligned in ((64, True), (128, True), (64, False))
