@@ -27,8 +27,6 @@ namespace effk::w4a8 {
 
 constexpr int kPairRows = 2 * kBlock;
 constexpr int kPieces = 8;
-constexpr int32_t kMagicBits = 0x4b400000;
-constexpr float kMagic = 12582912;  // 1.5 * 2^23: sums within +-2^22 are exact, and 256 * 128 * 127 is
 
 EFFK_HD int pairs_of(int64_t n) { return static_cast<int>((n + kPairRows - 1) / kPairRows); }
 EFFK_HD int all_pairs(const Shape& s) { return pairs_of(s.n4) + pairs_of(s.n8); }

@@ -207,7 +207,7 @@ EFFK_DEVICE void store_bytes(Q* to, const int32_t (&q)[kMostValues], int count, 
 }
 
 // The bits of 1.5 * 2^23 are this; adding that number to one within +-2^22 rounds it to an integer, which is then the
-// difference of the bits.
+// difference of the bits. Sums of a group are within that: 256 * 128 * 127.
 constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912;
 
