@@ -300,7 +300,7 @@ def seeds(x: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
     """
     far = torch.ones(x.shape[:2], device=x.device)
     norms = x.square().sum(-1)
-    words = []
+    words: list[Tensor] = []
     for _ in range(num_codes):
         clocks = torch.empty_like(far).exponential_(generator=generator).clamp(min=1e-30)
         word = x.gather(1, (clocks / far).argmin(-1)[:, None, None].expand(-1, 1, x.shape[2]))
