@@ -233,18 +233,11 @@ def quantize(
 
 
 @triton.jit
-def entries(table, codes, code_at, heads, head, group, key_mask, sub, subspaces, words, NIBBLE: tl.constexpr):
-    """Of some heads' tables, the entries [heads, keys, subspaces] that codes [keys, subspaces] name, 0 outside."""
-    inside = key_mask[:, None] & (sub < subspaces)[None, :]
-    code = tl.load(codes + code_at, mask=inside, other=0).to(tl.int32)
-    if NIBBLE == 1:
-        code = code & 15
-    if NIBBLE == 2:
-        code = code >> 4
+def entries(table, code, row, words, mask):
+    """Of rows [heads, 1] of tables, the entries [heads, keys] that codes [keys] name, 0 where the mask isn't."""
     # Codes of strangers stay inside of the table.
     code = tl.where((code >= 0) & (code < words), code, 0).to(tl.int64)
-    at = (head[:, None, None] * subspaces + sub[None, None, :]) * words + code[None, :, :]
-    return tl.load(table + at, mask=inside[None, :, :] & (head < heads)[:, None, None], other=0)
+    return tl.load(table + row * words + code[None, :], mask=mask, other=0)
 
 
 @kernel()
@@ -265,13 +258,13 @@ def score(
     has_lens: tl.int32,
     raw: tl.int32,
     KEYS: tl.constexpr,
-    SUBSPACES: tl.constexpr,
     HEADS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """scores [batch, heads * group, keys] of some heads of a group and some keys.
 
-    raw: sums of table's entries, whatever they mean. SUBSPACES: taken at a time; bytes if PACKED.
+    raw: sums of table's entries, whatever they mean. A byte or an int16 of codes at a time: as compiled by Triton 3.6,
+    16 of them at once, summed by tl.sum, gave wrong scores on an H200 where there were fewer.
     """
     tiles = tl.cdiv(keys, KEYS)
     parts = tl.cdiv(group, HEADS)
@@ -282,7 +275,6 @@ def score(
     program = program // parts
     batch, head = program // heads, program % heads
     first = program * group  # the group's first table
-    last = first + group
     length = keys
     if has_lens != 0:
         length = tl.load(lens + batch)
@@ -292,21 +284,20 @@ def score(
         total = tl.zeros((HEADS, KEYS), tl.int32)
     else:
         total = tl.zeros((HEADS, KEYS), tl.float32)
-    bytes = subspaces
+    places = subspaces
     if PACKED:
-        bytes = subspaces // 2
-    for begin in range(0, bytes, SUBSPACES):
-        sub = begin + tl.arange(0, SUBSPACES)
-        at = start[:, None] + sub[None, :]
+        places = subspaces // 2
+    mask = there[None, :] & (member < group)[:, None]
+    rows = ((first + member) * subspaces)[:, None]
+    for j in range(places):
+        code = tl.load(codes + start + j, mask=there, other=0).to(tl.int32)
         if PACKED:
-            low = entries(table, codes, at, last, first + member, group, there, 2 * sub, subspaces, words, 1)
-            high = entries(table, codes, at, last, first + member, group, there, 2 * sub + 1, subspaces, words, 2)
-            total += tl.sum(low.to(total.dtype) + high.to(total.dtype), 2)
+            total += entries(table, code & 15, rows + 2 * j, words, mask).to(total.dtype)
+            total += entries(table, code >> 4, rows + 2 * j + 1, words, mask).to(total.dtype)
         else:
-            found = entries(table, codes, at, last, first + member, group, there, sub, subspaces, words, 0)
-            total += tl.sum(found.to(total.dtype), 2)
+            total += entries(table, code, rows + j, words, mask).to(total.dtype)
     if table.dtype.element_ty == tl.uint8:
-        row = tl.minimum(first + member, last - 1)
+        row = first + tl.minimum(member, group - 1)
         step, base = tl.load(step_base + 2 * row), tl.load(step_base + 2 * row + 1)
         sums = total.to(tl.float32)
         total = tl.where(raw != 0, sums, step[:, None] * sums + base[:, None])
@@ -677,12 +668,7 @@ SCORE = {
     (table, codes, packed, heads): Variant(
         score,
         {"scores": torch.float32, "table": table, "step_base": torch.float32, "codes": codes, "lens": torch.int64},
-        {
-            "KEYS": 128 if codes == torch.int16 else 64,
-            "SUBSPACES": 1 if codes == torch.int16 else 8 if packed else 16,
-            "HEADS": heads,
-            "PACKED": packed,
-        },
+        {"KEYS": 128, "HEADS": heads, "PACKED": packed},
         fused=False,
     )
     for table in (torch.float32, torch.uint8)

@@ -354,7 +354,8 @@ def quantized(lut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A table with NaN or infinity, or a range that is infinite, has a step and a base of NaN.
     """
     low = lut.amin(-1, keepdim=True)
-    step = (lut.amax(-1, keepdim=True) - low).amax(-2, keepdim=True) / 255
+    most = lut.new_full((), 255)  # by a number, CUDA would multiply with its reciprocal instead
+    step = (lut.amax(-1, keepdim=True) - low).amax(-2, keepdim=True) / most
     base = torch.zeros_like(step[..., 0])
     for j in range(lut.shape[2]):
         base = base + low[:, :, j]
