@@ -5,8 +5,6 @@
 #
 # OUT    where gpu.log, perf.json and report/ go, perf/out by default
 # LIMIT  seconds for all steps together, 570 by default
-#
-# Not yet run on a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-perf/out}

@@ -7,8 +7,8 @@ worked out again by every program of the next pass. Prefix sums over blocks of k
 place. `vq_attend` shares out the keys among programs, and a second kernel merges their results in order. Only integers
 are added up atomically, and nothing waits for the device.
 
-Compiled ahead of time for three architectures, and run in Triton's interpreter. On a GPU the choice of tiles, the speed
-and the capture into CUDA graphs are unverified.
+Compiled ahead of time for three architectures, and run in Triton's interpreter and on an H200. The choice of tiles is
+untuned.
 """
 
 from collections.abc import Iterator
