@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kMaxSide = int64_t{1} << 30;  // of a tensor
 constexpr int64_t kMaxElements = int64_t{1} << 50;
 constexpr int64_t kMaxWords = int64_t{1} << 15;
+constexpr int64_t kMaxSubspaces = int64_t{1} << 16;  // of a score
 constexpr int64_t kMaxSubspacesInt8 = 256;
 
 constexpr std::pair<const char*, bool> kTables[] = {{"float32", false}, {"int8", true}};  // whether of 8 bits
@@ -155,8 +156,9 @@ inline Scored check_codes(const char* op, const Tensor& lut, const Tensor& codes
   check::shape(op, "lut", lut, {check::kAny, check::kAny, check::kAny, check::kAny});
   check_sides(op, "lut", lut);
   a.batch = lut.size(0), a.heads = lut.size(1), a.subspaces = lut.size(2), a.words = lut.size(3);
-  EFFK_CHECK(a.subspaces >= 1 && a.words >= 1 && a.words <= kMaxWords, op, "lut has shape ", check::str(lut.sizes()),
-             "; wanted [B, H, m, C], at least 1 of m, 1 to ", kMaxWords, " of C");
+  EFFK_CHECK(a.subspaces >= 1 && a.subspaces <= kMaxSubspaces && a.words >= 1 && a.words <= kMaxWords, op,
+             "lut has shape ", check::str(lut.sizes()), "; wanted [B, H, m, C], 1 to ", kMaxSubspaces, " of m, 1 to ",
+             kMaxWords, " of C");
   check::dtype(op, "codes", codes, {a.words <= 256 ? ScalarType::Byte : ScalarType::Short});
   check::shape(op, "codes", codes, {a.batch, check::kAny, check::kAny, check::kAny});
   check_sides(op, "codes", codes);

@@ -24,13 +24,15 @@ IndexTensor indices(const OptTensor& t) {
 
 Tensor workspace(const Tensor& like, int64_t bytes) { return empty_like_device(like, {bytes}, ScalarType::Byte); }
 
-// Where the GPU finds a tensor: on it, or in pinned memory of the CPU.
-const void* seen_by_gpu(const char* op, const char* arg, const Tensor& t, const Tensor& q) {
+// Where the GPU finds a tensor: on it, or in pinned memory of the CPU. `given` is what `t` may be a copy of.
+const void* seen_by_gpu(const char* op, const char* arg, const Tensor& t, const Tensor& given, const Tensor& q) {
   if (t.is_cuda()) {
     check::device(op, arg, t, "q", q);
     return t.const_data_ptr();
   }
   if (t.numel() == 0) return nullptr;
+  EFFK_CHECK(given.stride(3) == 1 || given.size(3) == 1, op, arg,
+             " is on the CPU with columns apart; wanted a last stride of 1");
   cudaPointerAttributes seen{};
   const cudaError_t e = cudaPointerGetAttributes(&seen, t.const_data_ptr());
   EFFK_CHECK(e == cudaSuccess, op, "CUDA: ", cudaGetErrorString(e));
@@ -99,8 +101,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   const IndexTensor chosen = indices(idx), counts = indices(count);
   AttendArgs p{};
   p.a = call.args;
-  p.a.k = seen_by_gpu(op, "k", call.k, q);
-  p.a.v = seen_by_gpu(op, "v", call.v, q);
+  p.a.k = seen_by_gpu(op, "k", call.k, k, q);
+  p.a.v = seen_by_gpu(op, "v", call.v, v, q);
   p.idx = chosen.args;
   p.count = counts.args;
   const int num_sms = cuda::num_sms(op, q);

@@ -638,7 +638,7 @@ class Positions {
         for (int64_t* to = idx + found; to < idx + next;) {
 #pragma GCC unroll 8
           for (int j = 0; j < 8; ++j, ++to) {
-            *to = base + __builtin_ctzll(word);
+            *to = base + static_cast<int64_t>(_tzcnt_u64(word));  // 64 where none is left
             word &= word - 1;
           }
         }

@@ -10,10 +10,12 @@ back; and the query of the look-up is turned from its own position to the consta
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,7 @@ def attention_forward(
     Raises:
         ValueError: the batch has padding, or the model asks for something that retrieval can't do.
     """
-    layer = getattr(key, "_effk_layer", None)
+    layer = getattr(key, "_effk_layer", lambda: None)()
     if layer is not None:
         layer.see(query)
         if query.shape[2] == 1 and isinstance(layer, QuantizedKeyLayer):
@@ -204,6 +206,8 @@ class QuantizedKeyLayer(DynamicLayer):
         added = {"keys": key_states.detach(), "values": value_states.detach(), "codes": codes}
         for name, t in added.items():
             memory = self._memory.get(name)
+            if memory is not None and memory.shape[0] != t.shape[0]:
+                raise ValueError(f"QuantizedKeyCache holds a batch of {memory.shape[0]} and got one of {t.shape[0]}")
             if memory is None or memory.shape[2] < end:
                 grown = t.new_zeros((t.shape[0], t.shape[1], end + end // 10 + ROOM, t.shape[3]))
                 if memory is not None:
@@ -216,7 +220,8 @@ class QuantizedKeyLayer(DynamicLayer):
         """Lets `keys` and `values` be the first so many."""
         self.keys = keys = self._memory["keys"][:, :, :length]
         self.values = values = self._memory["values"][:, :, :length]
-        keys._effk_layer = self  # type: ignore[attr-defined]  # so that attention finds the codes
+        # So that attention finds the codes. Weak: a cycle would keep the memory after the cache.
+        keys._effk_layer = weakref.ref(self)  # type: ignore[attr-defined]
         self._length = length
         self._lens = torch.full((keys.shape[0],), length, device=self.device)
         return keys, values
@@ -382,7 +387,7 @@ class SampleLayer(DynamicLayer):
         self.heads = key_states.shape[1]
         self.drawn_keys.append(self._draw(key_states, self.keep, 0))
         keys = key_states.view(key_states.shape)
-        keys._effk_layer = self  # type: ignore[attr-defined]
+        keys._effk_layer = weakref.ref(self)  # type: ignore[attr-defined]
         return keys, value_states
 
     def see(self, query: Tensor) -> None:
@@ -392,6 +397,22 @@ class SampleLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return 0
+
+
+def note_or_compare(folder: Path, how: dict[str, Any]) -> None:
+    """Notes in a folder how its codebooks are made; of another way it raises."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "fit.json"
+    if not note.exists():
+        part = note.with_suffix(".part")
+        part.write_text(json.dumps(how))
+        part.replace(note)
+    try:
+        noted = json.loads(note.read_text())
+    except ValueError as error:
+        raise ValueError(f"{note} is damaged: {error}") from error
+    if noted != how:
+        raise ValueError(f"{folder} has codebooks made with {str(noted)[:400]}; wanted {how}")
 
 
 def fit_codebooks(
@@ -422,7 +443,8 @@ def fit_codebooks(
         progress: shows bars, where rich is installed and stderr is a terminal.
 
     Raises:
-        ValueError: the model isn't of that kind, there are no inputs, or a file in the folder is no such codebook.
+        ValueError: the model isn't of that kind, there are no inputs, or a file in the folder is no such codebook or
+            made in another way.
         RuntimeError: fewer keys than words, and what the model raises.
     """
     modules, rope = attention_layers(model)
@@ -430,7 +452,9 @@ def fit_codebooks(
         raise ValueError("there are no inputs")
     paths = [None if folder is None else Path(folder) / f"layer_{i:03}.safetensors" for i in range(len(modules))]
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        how = {"layers": len(modules), "parameters": sum(p.numel() for p in model.parameters())}
+        how |= {"num_codes": num_codes, "num_subspaces": num_subspaces, "query_aware": query_aware, "far": far}
+        note_or_compare(Path(folder), how | {"samples": samples, "iters": iters, "seed": seed})
     if all(path is not None and path.exists() for path in paths):
         return [Codebook.load(path) for path in paths if path is not None]
     switch(model)

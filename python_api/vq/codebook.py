@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_range, check_tensor
 from .._progress import progress_bar
 from . import reference
 
@@ -74,6 +75,7 @@ class Codebook(nn.Module):
         self.register_buffer("inv", None if eye is None else eye.clone())
 
     @classmethod
+    @torch.no_grad()
     def fit(
         cls: type[Self],
         keys: Tensor,
@@ -106,7 +108,7 @@ class Codebook(nn.Module):
 
         Raises:
             ValueError: impossible sizes.
-            RuntimeError: wrong dtypes or shapes, fewer keys than words; on a CPU also NaN or infinity in queries.
+            RuntimeError: wrong dtypes or shapes, fewer keys than words; on a CPU also NaN or infinity in either.
         """
         if keys.dim() != 3:
             raise ValueError(f"keys has shape {list(keys.shape)}; wanted [heads, n, head_dim]")
@@ -117,6 +119,7 @@ class Codebook(nn.Module):
         if n > samples:
             drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:samples]
             keys = keys[:, drawn.to(keys.device)]
+        reference.check_finite("vq_train", "keys", keys)
         if queries is not None:
             book.chol, book.inv = torch.ops.effk.vq_metric(queries)
         if balance and num_subspaces > 1:
@@ -165,8 +168,18 @@ class Codebook(nn.Module):
         return torch.ops.effk.vq_encode(keys, self.words, self.chol, pack=self.packed)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> the keys that they stand for, [B, heads, S, head_dim] float32."""
+        """Codes -> the keys that they stand for, [B, heads, S, head_dim] float32.
+
+        Raises:
+            RuntimeError: not codes of such a codebook; on a CPU also codes out of range. On a GPU these are clamped.
+        """
+        dtype = torch.uint8 if self.num_codes <= 256 else torch.int16
+        last = self.num_subspaces // 2 if self.packed else self.num_subspaces
+        check_tensor("Codebook.decode", "codes", codes, (dtype,), (None, self.heads, None, last))
         number = reference.unpack(codes, self.packed)  # [B, heads, S, m]
+        if codes.device.type == "cpu":
+            check_range("Codebook.decode", "codes", number, 0, self.num_codes - 1)
+        number = number.clamp(0, self.num_codes - 1)
         batch, heads, keys, _ = number.shape
         at = number.transpose(2, 3)[..., None].expand(-1, -1, -1, -1, self.words.shape[3])
         parts = self.words[None].expand(batch, -1, -1, -1, -1).gather(3, at)  # [B, heads, m, S, D / m]
@@ -210,7 +223,7 @@ class Codebook(nn.Module):
             raise ValueError(f"{path} can't be read: {error}") from error
         names = set(tensors)
         if names not in ({"words"}, {"words", "chol", "inv"}):
-            raise ValueError(f"{path} has tensors {sorted(names)}; wanted words, and maybe chol and inv")
+            raise ValueError(f"{path} has tensors {str(sorted(names))[:200]}; wanted words, and maybe chol and inv")
         words = tensors["words"]
         if words.dim() != 4:
             raise ValueError(f"{path}: words has shape {list(words.shape)}; wanted [heads, m, C, d]")

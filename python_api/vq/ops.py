@@ -202,7 +202,8 @@ def vq_train(
         [HK, m, C, D / m] float32, words in the space of k L.
 
     Raises:
-        RuntimeError: wrong dtypes or shapes; fewer keys than num_codes.
+        RuntimeError: wrong dtypes or shapes; fewer keys than num_codes; on a CPU also NaN or infinity in keys. On a GPU
+            these spoil their head's words.
     """
     return torch.ops.effk.vq_train(keys, num_codes, chol, num_subspaces=num_subspaces, iters=iters, seed=seed)
 
@@ -305,8 +306,8 @@ def vq_topk(
         without G for a list of one head; and count [B, HK or H] int64.
 
     Raises:
-        RuntimeError: wrong dtypes or shapes; k, sink or window below 0; on a CPU also lens and codes out of range. On a
-            GPU these are clamped or masked.
+        RuntimeError: wrong dtypes or shapes; k, sink or window below 0; on a CPU also lens out of range, and codes of
+            keys that have to be compared. On a GPU these are clamped or masked.
     """
     return torch.ops.effk.vq_topk(lut, codes, k, lens, sink=sink, window=window, union_group=union_group, table=table)
 

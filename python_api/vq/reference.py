@@ -12,6 +12,7 @@ from .._sums import sum_rows
 
 MAX_ELEMENTS = 2**50  # of a result: a number that doesn't overflow
 MAX_WORDS = 2**15
+MAX_SUBSPACES = 2**16  # of a score
 MAX_SUBSPACES_INT8 = 256  # so many entries of 8 bits add up to 16 bits
 TABLES = ("float32", "int8")
 CHUNK = 2**24  # distances at a time
@@ -116,9 +117,10 @@ def check_codes(op: str, lut: Tensor, codes: Tensor, lens: Tensor | None, table:
     check_sides(op, "lut", lut)
     batch, heads, subspaces, words = lut.shape
     torch._check(
-        subspaces >= 1 and 1 <= words <= MAX_WORDS,
+        1 <= subspaces <= MAX_SUBSPACES and 1 <= words <= MAX_WORDS,
         lambda: (
-            f"effk::{op}: lut has shape {list(lut.shape)}; wanted [B, H, m, C], at least 1 of m, 1 to {MAX_WORDS} of C"
+            f"effk::{op}: lut has shape {list(lut.shape)}; wanted [B, H, m, C], 1 to {MAX_SUBSPACES} of m, 1 to "
+            f"{MAX_WORDS} of C"
         ),
     )
     check_tensor(op, "codes", codes, (torch.uint8 if words <= 256 else torch.int16,), (batch, None, None, None), lut)
@@ -229,11 +231,15 @@ def unpack(codes: Tensor, packed: bool) -> Tensor:
 # --- Codebooks -------------------------------------------------------------------------------------------------------
 
 
+def check_finite(op: str, name: str, t: Tensor) -> None:
+    if t.device.type == "cpu" and not bool(t.isfinite().all()):
+        raise RuntimeError(f"effk::{op}: {name} holds NaN or infinity; wanted finite numbers")
+
+
 def vq_metric(q: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     check_metric(q, eps)
     heads, n, dim = q.shape
-    if q.device.type == "cpu" and not bool(q.isfinite().all()):
-        raise RuntimeError("effk::vq_metric: q holds NaN or infinity; wanted finite numbers")
+    check_finite("vq_metric", "q", q)
     gram = q.new_zeros(heads, dim, dim, dtype=torch.float64)
     rows = max(1, CHUNK // max(1, heads * dim))
     for begin in range(0, n, rows):
@@ -284,6 +290,7 @@ def vq_train(
     seed: int = 0,
 ) -> Tensor:
     check_train(keys, num_codes, chol, num_subspaces, iters)
+    check_finite("vq_train", "keys", keys)
     x = split(transformed(keys, chol), num_subspaces)
     x = x.reshape(-1, *x.shape[2:]).contiguous()  # [HK m, n, d]
     words = seeds(x, num_codes, torch.Generator(keys.device).manual_seed(seed))

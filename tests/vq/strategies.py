@@ -892,6 +892,7 @@ def _invalid() -> dict[str, list[Invalid]]:
             *_wrong_shapes(call, "lut", {"three dims": (4, 4, 16), "without words": (2, 4, 4, 0)}),
             *_wrong_shapes(call, "lut", {"of too many words": (2, 4, 4, 2**15 + 1)}, "lut"),
             *_wrong_shapes(call, "lut", {"without subspaces": (2, 4, 0, 16), "of odd heads": (2, 3, 4, 16)}, "lut"),
+            *_wrong_shapes(call, "lut", {"of more subspaces than there may be": (2, 4, 2**16 + 1, 1)}, "lut"),
             *_wrong_shapes(
                 call, "lut", {"of more batches": (3, 4, 4, 16), "of more subspaces": (2, 4, 5, 16)}, "codes"
             ),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
+import effk
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("transformers", minversion="5")
 
 import transformers
-from effk.vq import Codebook, QuantizedKeyCache, fit_codebooks
+from effk.vq import Codebook, QuantizedKeyCache, decode_attention, fit_codebooks
 from effk.vq.cache import Options, QuantizedKeyLayer, Rope
 
 from ..kit import tensors
@@ -172,12 +175,38 @@ def test_budgets(model: Any, books: list[Codebook]) -> None:
     assert [Options(b, 0, 0, 0, True, "int8").top(100) for b in (0.03, 1.0, 0.001, 7, 0)] == [3, 100, 1, 7, 0]
 
 
-@pytest.mark.parametrize("options", [{"table": "int8"}, {"union_group": False}], ids=["int8", "per head"])
-def test_options_reach_the_look_up(model: Any, books: list[Codebook], options: dict[str, Any]) -> None:
-    tokens = ids(1, 120)
-    dense = decoded(model, QuantizedKeyCache(model, books, budget=ALL), tokens, 110)
-    have = decoded(model, QuantizedKeyCache(model, books, budget=ALL, **options), tokens, 110)
-    assert torch.allclose(have, dense, atol=1e-5)
+def test_options_reach_the_look_up(model: Any, books: list[Codebook], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append((args[5], kwargs))
+        return decode_attention(*args, **kwargs)
+
+    monkeypatch.setattr(effk.vq.cache, "decode_attention", spy)
+    options = {"sink": 3, "window": 5, "union_group": False, "table": "int8"}
+    decoded(model, QuantizedKeyCache(model, books, budget=7, **options), ids(1, 60), 55)
+    assert asked and all(top == 7 and kwargs.items() >= options.items() for top, kwargs in asked)
+
+
+def test_memory_goes_with_the_cache(model: Any, books: list[Codebook]) -> None:
+    """At once, not when Python looks for cycles."""
+    cache = QuantizedKeyCache(model, books, budget=7)
+    decoded(model, cache, ids(1, 60), 55)
+    left = weakref.ref(cache.layers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_another_batch_is_refused(model: Any, books: list[Codebook]) -> None:
+    cache = QuantizedKeyCache(model, books, budget=7)
+    decoded(model, cache, ids(2, 60), 55)
+    with pytest.raises(ValueError, match="a batch of 2 and got one of 1"):
+        model(input_ids=ids(1, 1), past_key_values=cache)
 
 
 # --- The cache's own duties ------------------------------------------------------------------------------------------
@@ -258,6 +287,8 @@ def test_fitting_goes_on_where_it_was(tmp_path: Path, model: Any, books: list[Co
     assert len(calls) == 3
     assert all(same_bits(a.words, b.words) for a, b in zip(again, books, strict=True))
     assert same_bits(fitted(model, folder=tmp_path)[1].words, books[1].words) and len(calls) == 3
+    with pytest.raises(ValueError, match="made with"):
+        fitted(model, folder=tmp_path, seed=1)
     with pytest.raises(ValueError, match="no inputs"):
         fit_codebooks(model, [])
 
