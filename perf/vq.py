@@ -326,7 +326,6 @@ def faiss(k: int) -> Callable[[Coded], Call]:
     def make(of: Coded) -> Call:
         import faiss
 
-        faiss.omp_set_num_threads(1)  # its own threads gain nothing on few queries
         keys = (of.cache.keys[0].float() @ of.cache.chol).numpy()
         queries = (of.cache.q[0].float().unflatten(0, (-1, of.group)) @ of.cache.inv).numpy()
         indices = []
@@ -336,7 +335,8 @@ def faiss(k: int) -> Callable[[Coded], Call]:
             index.add(x)
             indices.append(index)
         threads = max(1, min(torch.get_num_threads(), len(indices)))
-        pool = ThreadPoolExecutor(threads)
+        # Its own threads gain nothing on few queries. Said in the pool's threads: it would hold for torch in this one.
+        pool = ThreadPoolExecutor(threads, initializer=lambda: faiss.omp_set_num_threads(1))
 
         def search(part: range) -> list[Any]:
             return [indices[i].search(queries[i], k)[1] for i in part]
