@@ -51,6 +51,7 @@ rm -rf "$site"
 mkdir -p "$site/effk" python_api/lib
 ln -s "$PWD"/python_api/* "$PWD/kernels" "$PWD/perf" "$site/effk/"
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export EFFK_SIMT=0  # the emulator is for machines without a GPU
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 python3 -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
@@ -83,14 +84,14 @@ sanitize() {
 }
 export -f sanitize
 
-workers=$(($(nproc) < 8 ? $(nproc) : 8))  # each has a context on the GPU
+workers=$(($(nproc) < 14 ? $(nproc) : 14))  # each has a context on the GPU
 step build 240 bash -c "build $arch"
 ((failed)) && { echo "== ${summary[*]}"; exit 1; }
 step "what effk found" 30 python3 -m effk
-step "tests, cuda" 200 python3 -m pytest -q -n "$workers" -m cuda
+step "tests, cuda" 260 env EFFK_TEST_EXAMPLES=10 python3 -m pytest -q -n "$workers" -m cuda
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        step "$tool" 100 bash -c "sanitize $tool"
+        step "$tool" 60 bash -c "sanitize $tool"
     done
 else
     skip "memcheck, racecheck" "compute-sanitizer isn't here"
