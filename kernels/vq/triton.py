@@ -538,7 +538,7 @@ def attend(
     """
     members = heads // lists  # of a list
     blocks = tl.cdiv(members, HEADS)
-    tiles = tl.cdiv(value_dim, DIM)
+    tiles = tl.maximum(tl.cdiv(value_dim, DIM), 1)
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
     program = program // splits
@@ -608,7 +608,7 @@ def merge(
     COLS: tl.constexpr,
 ):
     """out [rows, value_dim] and lse [rows] of the shares of one head, in their order."""
-    tiles = tl.cdiv(value_dim, COLS)
+    tiles = tl.maximum(tl.cdiv(value_dim, COLS), 1)  # lse is wanted of no columns too
     program = tl.program_id(0).to(tl.int64)
     row, tile = program // tiles, program % tiles
     col = tile * COLS + tl.arange(0, COLS)
