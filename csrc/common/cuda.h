@@ -7,6 +7,7 @@
 
 #include <array>
 
+#include "../../kernels/common/indices.cuh"
 #include "check.h"
 
 namespace effk::cuda {
@@ -38,23 +39,38 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline int num_sms(const char* op, const Tensor& t) {
+inline int attribute(const char* op, cudaDeviceAttr which, const Tensor& t) {
   int n = 0;
-  const cudaError_t e = cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, t.get_device_index());
+  const cudaError_t e = cudaDeviceGetAttribute(&n, which, t.get_device_index());
   EFFK_CHECK(e == cudaSuccess, op, "CUDA: ", cudaGetErrorString(e));
   return n;
 }
 
+inline int num_sms(const char* op, const Tensor& t) { return attribute(op, cudaDevAttrMultiProcessorCount, t); }
+
 // Of shared memory, that a block may have.
 inline int most_shared_bytes(const char* op, const Tensor& t) {
-  int n = 0;
-  const cudaError_t e = cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index());
-  EFFK_CHECK(e == cudaSuccess, op, "CUDA: ", cudaGetErrorString(e));
-  return n;
+  return attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin, t);
 }
 
 // Of a launcher: null or what went wrong.
 inline void check(const char* op, const char* error) { EFFK_CHECK(!error, op, "CUDA: ", error); }
+
+// A contiguous tensor of indices, and what keeps it alive.
+struct IndexTensor {
+  OptTensor tensor;
+  Indices args;
+};
+
+inline IndexTensor indices(const OptTensor& t) {
+  if (!t) return {std::nullopt, {nullptr, false}};
+  const Tensor contiguous = torch::stable::contiguous(*t);
+  return {contiguous, {contiguous.const_data_ptr(), t->scalar_type() == ScalarType::Long}};
+}
+
+inline Tensor workspace(const Tensor& like, int64_t bytes) {
+  return empty_like_device(like, {bytes}, ScalarType::Byte);
+}
 
 // The tensor, or a copy of it where a view begins in between: kernels load 16 bytes at a time.
 inline Tensor aligned(const Tensor& t) {

@@ -7,17 +7,6 @@
 namespace effk::lora {
 namespace {
 
-// A contiguous tensor of indices, and what keeps it alive.
-struct IndexTensor {
-  Tensor tensor;
-  Indices args;
-};
-
-IndexTensor indices(const Tensor& t) {
-  const Tensor contiguous = torch::stable::contiguous(t);
-  return {contiguous, {contiguous.const_data_ptr(), t.scalar_type() == ScalarType::Long}};
-}
-
 // A checked list of pairs, and what keeps it alive.
 struct Pairs {
   Tensor ids, gates;
@@ -25,9 +14,9 @@ struct Pairs {
 };
 
 Pairs pairs_of(const Tensor& ids, const Tensor& gates, float sign) {
-  const IndexTensor index = indices(ids);
+  const cuda::IndexTensor index = cuda::indices(ids);
   const Tensor contiguous = torch::stable::contiguous(gates);
-  return {index.tensor,
+  return {*index.tensor,
           contiguous,
           {index.args, static_cast<const float*>(contiguous.const_data_ptr()), static_cast<int>(ids.size(0)), sign}};
 }
@@ -45,10 +34,10 @@ void merge(const char* op, const MergeCall& call, const Tensor& ids, const std::
                " elements apart; wanted less than 2^32");
   }
   const cuda::DeviceGuard guard(ids.get_device_index());
-  const std::optional<IndexTensor> rank = ranks ? std::optional(indices(*ranks)) : std::nullopt;
+  const cuda::IndexTensor rank = cuda::indices(ranks);
   MergeArgs args{};
   for (size_t i = 0; i < lists.size(); ++i) args.lists[i] = lists[i].args;
-  if (rank) args.ranks = rank->args;
+  args.ranks = rank.args;
   args.scale = scale;
   args.adapters = static_cast<int>(call.adapters);
   args.rank = static_cast<int>(call.rank);
@@ -94,11 +83,11 @@ Tensor apply(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& id
   constexpr const char* op = "lora_apply";
   const cuda::DeviceGuard guard(x.get_device_index());
   const ApplyCall call = check_apply(x, a, b, ids, gates, y, ranks);
-  const std::optional<IndexTensor> rank = ranks ? std::optional(indices(*ranks)) : std::nullopt;
+  const cuda::IndexTensor rank = cuda::indices(ranks);
   const ApplyArgs args{call.args,
                        {call.ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long},
                        static_cast<const float*>(call.gates.const_data_ptr()),
-                       rank ? rank->args : Indices{},
+                       rank.args,
                        scale,
                        static_cast<int>(call.adapters),
                        static_cast<int>(call.pairs)};

@@ -8,26 +8,12 @@
 namespace effk::moe {
 namespace {
 
-// A contiguous tensor of indices, and what keeps it alive.
-struct IndexTensor {
-  OptTensor tensor;
-  Indices args;
-};
-
-IndexTensor indices(const OptTensor& t) {
-  if (!t) return {std::nullopt, {nullptr, false}};
-  const Tensor contiguous = torch::stable::contiguous(*t);
-  return {contiguous, {contiguous.const_data_ptr(), t->scalar_type() == ScalarType::Long}};
-}
-
-Tensor workspace(const Tensor& like, int64_t bytes) { return empty_like_device(like, {bytes}, ScalarType::Byte); }
-
 Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, const OptTensor& bias,
                     const OptTensor& gather, std::optional<ScalarType> out_dtype) {
   constexpr const char* op = "moe_grouped_gemm";
   const cuda::DeviceGuard guard(x.get_device_index());
   const LinearCall call = check_linear(x, w, offsets, bias, gather, out_dtype);
-  const IndexTensor ends = indices(offsets), sources = indices(gather);
+  const cuda::IndexTensor ends = cuda::indices(offsets), sources = cuda::indices(gather);
   Product p{};
   p.in = call.args.in;
   p.x_rows = x.size(0);
@@ -47,7 +33,7 @@ Tensor grouped_wgrad(const Tensor& grad, const Tensor& x, const Tensor& offsets,
   constexpr const char* op = "moe_grouped_wgrad";
   const cuda::DeviceGuard guard(x.get_device_index());
   const WgradCall call = check_wgrad(grad, x, offsets, gather);
-  const IndexTensor ends = indices(offsets), sources = indices(gather);
+  const cuda::IndexTensor ends = cuda::indices(offsets), sources = cuda::indices(gather);
   const WgradArgs p{call.args, x.size(0), sources.args, {ends.args, offsets.size(0), call.x.rows, false}};
   cuda::check(op, launch_wgrad(p, cuda::num_sms(op, x), cuda::current_stream(x)));
   return call.dw;
@@ -66,10 +52,10 @@ std::tuple<Tensor, Tensor, Tensor> sort(const Tensor& ids, int64_t num_experts) 
   constexpr const char* op = "moe_sort";
   const cuda::DeviceGuard guard(ids.get_device_index());
   const auto [perm, inverse, offsets] = check_sort(ids, num_experts);
-  const IndexTensor given = indices(ids);
+  const cuda::IndexTensor given = cuda::indices(ids);
   const int64_t pairs = ids.numel();
   SortScratch layout;
-  const Tensor scratch = workspace(ids, place_sort(pairs, num_experts, nullptr, &layout));
+  const Tensor scratch = cuda::workspace(ids, place_sort(pairs, num_experts, nullptr, &layout));
   const SortArgs args{given.args,
                       pairs,
                       num_experts,
@@ -107,7 +93,7 @@ Tensor mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& w
                   {call.ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long},
                   static_cast<const float*>(call.weights.const_data_ptr()),
                   call.y.mutable_data_ptr()};
-  const Tensor memory = workspace(x, mlp_workspace(p));
+  const Tensor memory = cuda::workspace(x, mlp_workspace(p));
   cuda::check(op, launch_mlp(p, call.gemm ? &*call.gemm : nullptr, memory.mutable_data_ptr(), cuda::num_sms(op, x),
                              cuda::current_stream(x)));
   return call.y;

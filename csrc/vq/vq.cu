@@ -10,20 +10,6 @@
 namespace effk::vq {
 namespace {
 
-// A contiguous tensor of indices, and what keeps it alive.
-struct IndexTensor {
-  OptTensor tensor;
-  Indices args;
-};
-
-IndexTensor indices(const OptTensor& t) {
-  if (!t) return {std::nullopt, {nullptr, false}};
-  const Tensor contiguous = torch::stable::contiguous(*t);
-  return {contiguous, {contiguous.const_data_ptr(), t->scalar_type() == ScalarType::Long}};
-}
-
-Tensor workspace(const Tensor& like, int64_t bytes) { return empty_like_device(like, {bytes}, ScalarType::Byte); }
-
 // Where the GPU finds a tensor: on it, or in pinned memory of the CPU. `given` is what `t` may be a copy of.
 const void* seen_by_gpu(const char* op, const char* arg, const Tensor& t, const Tensor& given, const Tensor& q) {
   if (t.is_cuda()) {
@@ -59,12 +45,12 @@ Tensor score(const Tensor& lut, const Tensor& codes, const OptTensor& lens, std:
   constexpr const char* op = "vq_score";
   const cuda::DeviceGuard guard(lut.get_device_index());
   const ScoreCall call = check_score(lut, codes, lens, table);
-  const IndexTensor ends = indices(lens);
+  const cuda::IndexTensor ends = cuda::indices(lens);
   ScoreArgs p{};
   p.a = call.args;
   p.lens = ends.args;
   const int num_sms = cuda::num_sms(op, lut);
-  const Tensor scratch = workspace(lut, place_scores(p, nullptr, num_sms));
+  const Tensor scratch = cuda::workspace(lut, place_scores(p, nullptr, num_sms));
   place_scores(p, scratch.mutable_data_ptr(), num_sms);
   cuda::check(op, launch_scores(p, cuda::current_stream(lut)));
   return call.out;
@@ -75,7 +61,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& lut, const Tensor& codes, int64_t 
   constexpr const char* op = "vq_topk";
   const cuda::DeviceGuard guard(lut.get_device_index());
   const TopKCall call = check_topk(lut, codes, k, lens, sink, window, union_group, table);
-  const IndexTensor ends = indices(lens);
+  const cuda::IndexTensor ends = cuda::indices(lens);
   TopKArgs p{};
   p.s.a = call.scored.args;
   p.s.lens = ends.args;
@@ -87,7 +73,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& lut, const Tensor& codes, int64_t 
   p.idx = call.args.idx;
   p.count = call.args.count;
   const int num_sms = cuda::num_sms(op, lut);
-  const Tensor scratch = workspace(lut, place_topk(p, nullptr, num_sms));
+  const Tensor scratch = cuda::workspace(lut, place_topk(p, nullptr, num_sms));
   place_topk(p, scratch.mutable_data_ptr(), num_sms);
   cuda::check(op, launch_topk(p, cuda::current_stream(lut)));
   return {call.idx, call.count};
@@ -98,7 +84,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   constexpr const char* op = "vq_attend";
   const cuda::DeviceGuard guard(q.get_device_index());
   const AttendCall call = check_attend(q, k, v, idx, count, scale, true);
-  const IndexTensor chosen = indices(idx), counts = indices(count);
+  const cuda::IndexTensor chosen = cuda::indices(idx), counts = cuda::indices(count);
   AttendArgs p{};
   p.a = call.args;
   p.a.k = seen_by_gpu(op, "k", call.k, k, q);
@@ -106,7 +92,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   p.idx = chosen.args;
   p.count = counts.args;
   const int num_sms = cuda::num_sms(op, q);
-  const Tensor scratch = workspace(q, place_attend(p, nullptr, num_sms));
+  const Tensor scratch = cuda::workspace(q, place_attend(p, nullptr, num_sms));
   place_attend(p, scratch.mutable_data_ptr(), num_sms);
   cuda::check(op, launch_attend(p, cuda::current_stream(q)));
   return {call.out, call.lse};

@@ -1,23 +1,10 @@
 // What lora's CUDA kernels share: indices of either type, and loads of a few neighbouring values.
 #pragma once
 
-#include "../common/device.cuh"
+#include "../common/indices.cuh"
 #include "lora.h"
 
 namespace effk::lora {
-
-EFFK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-EFFK_HD constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A contiguous int32 or int64 tensor, or none.
-struct Indices {
-  const void* data;
-  bool is_wide;
-};
-
-EFFK_DEVICE int64_t index_at(const Indices& v, int64_t i) {
-  return v.is_wide ? static_cast<const int64_t*>(v.data)[i] : static_cast<const int32_t*>(v.data)[i];
-}
 
 // Which adapter; -1 for none, and for those that don't exist.
 EFFK_DEVICE int adapter_at(const Indices& ids, int64_t i, int64_t adapters) {
@@ -38,14 +25,6 @@ struct Values {
   static constexpr int kWords = kCount * static_cast<int>(sizeof(X)) / 4;
   uint32_t word[kWords];
 };
-
-template <class X>
-EFFK_DEVICE uint32_t bits_of_value(X x) {
-  if constexpr (sizeof(X) == 4)
-    return bits_of(x);
-  else
-    return x.bits;
-}
 
 template <class X, int kCount>
 EFFK_DEVICE void to_floats(const Values<X, kCount>& v, float (&out)[kCount]) {

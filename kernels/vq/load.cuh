@@ -3,41 +3,20 @@
 
 #include <cmath>
 
-#include "../common/device.cuh"
+#include "../common/indices.cuh"
 #include "vq.h"
 
 namespace effk::vq {
 
-EFFK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 EFFK_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-EFFK_HD constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-EFFK_HD constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 
 constexpr int kMostShared = 96 << 10;  // of a block: less than any GPU has
-
-// A contiguous int32 or int64 tensor, or none.
-struct Indices {
-  const void* data;
-  bool is_wide;
-};
-
-EFFK_DEVICE int64_t index_at(const Indices& v, int64_t i) {
-  return v.is_wide ? static_cast<const int64_t*>(v.data)[i] : static_cast<const int32_t*>(v.data)[i];
-}
 
 // A number from a stranger that counts some of `most` things; all of them if there is none.
 EFFK_DEVICE int64_t count_at(const Indices& v, int64_t i, int64_t most) {
   if (!v.data) return most;
   const int64_t n = index_at(v, i);
   return n < 0 ? 0 : min_of(n, most);
-}
-
-template <class X>
-EFFK_DEVICE uint32_t bits_of_value(X x) {
-  if constexpr (sizeof(X) == 4)
-    return bits_of(x);
-  else
-    return x.bits;
 }
 
 template <class X>

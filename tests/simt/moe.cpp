@@ -12,7 +12,7 @@ T* pointer(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-moe::Indices indices(const Indices& v) { return {pointer<const void>(std::get<0>(v)), std::get<1>(v)}; }
+effk::Indices indices(const Indices& v) { return {pointer<const void>(std::get<0>(v)), std::get<1>(v)}; }
 
 }  // namespace
 

@@ -14,7 +14,7 @@ T* pointer(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-vq::Indices indices(const Indices& v) { return {pointer<const void>(std::get<0>(v)), std::get<1>(v)}; }
+effk::Indices indices(const Indices& v) { return {pointer<const void>(std::get<0>(v)), std::get<1>(v)}; }
 
 template <size_t N>
 void copy_strides(const std::vector<int64_t>& from, int64_t (&to)[N]) {
