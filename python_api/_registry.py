@@ -50,7 +50,8 @@ class Op:
 
     @property
     def family(self) -> str:
-        return self.name.split("_")[0]
+        """The package that declares it: effk.<family>.ops."""
+        return self.api.__module__.split(".")[1]
 
     @property
     def overload(self) -> torch._ops.OpOverload:

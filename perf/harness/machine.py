@@ -127,7 +127,7 @@ def facts(device: torch.device, caches: str) -> dict[str, Any]:
     # Names, not paths: results are published.
     status["libraries"] = {name: text.rsplit("/", 1)[-1] for name, text in status["libraries"].items()}
     versions = {}
-    for package in ("numpy", "scipy", "onnxruntime", "faiss-cpu", "triton", "cupy-cuda13x"):
+    for package in ("numpy", "scipy", "onnxruntime", "faiss-cpu", "pycolmap", "triton", "cupy-cuda13x"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -94,6 +94,8 @@ class Work:
 class Problem:
     """One op at one size. `size` names it and is what goals are matched with; a quick problem is --quick's alone.
 
+    Calls that take seconds are timed `once`, when their result is checked; others in many rounds.
+
     Where `size` says caches="warm", the inputs are in the caches when a call is timed; else they are not. Of a problem
     on some devices only, `devices` names their types.
     """
@@ -105,6 +107,7 @@ class Problem:
     derived: Mapping[str, Sequence[Derived]]
     quick: bool = False
     devices: Collection[str] = ("cpu", "cuda")
+    once: bool = False
 
     @property
     def warm(self) -> bool:

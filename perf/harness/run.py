@@ -156,7 +156,9 @@ class Runner:
             try:
                 calls = [candidate.make(i) for i in inputs]
                 seconds = self._check(candidate, calls, work)
-                if seconds > TOO_SLOW:
+                if problem.once:
+                    timed.append(Timed(candidate, calls[-1], [seconds]))
+                elif seconds > TOO_SLOW:
                     missing[candidate.name] = f"right but too slow to time: one call took {seconds:.1f} s"
                 else:
                     how = How(problem.warm, candidate.graph, candidate.own_threads)
@@ -165,7 +167,7 @@ class Runner:
                 wrong[candidate.name] = f"wrong result: {error}"
             except Exception as error:  # whatever a peer fails with, the run goes on and says so
                 (wrong if candidate.kind == "effk" else missing)[candidate.name] = short(error)
-        self._time(timed)
+        self._time([one for one in timed if not one.samples])
         return self._entry(problem, family, work, timed, missing, wrong)
 
     def _check(self, candidate: Candidate, calls: Sequence[Call], work: Work) -> float:

@@ -119,10 +119,10 @@ def register() -> None:
     """Adds the back end to `effk.backends`."""
     from effk import _registry
 
-    from . import lora, lscd, moe, vq, w4a8
+    from . import ba, lora, lscd, moe, vq, w4a8
 
     module()
-    _registry.EXTRA_BACKENDS["simt"] = {**lscd.OPS, **w4a8.OPS, **lora.OPS, **moe.OPS, **vq.OPS}
+    _registry.EXTRA_BACKENDS["simt"] = {**lscd.OPS, **w4a8.OPS, **lora.OPS, **moe.OPS, **vq.OPS, **ba.OPS}
 
 
 def number_of_type(t: Tensor) -> int:

@@ -88,6 +88,24 @@ const char* vq_attend(int type, std::vector<int64_t> sizes, VqRows q, VqRows k, 
 const char* vq_wrope(int type, int64_t rows, int64_t dim, Address q, int64_t stride, Address cos, bool cos_float,
                      Address sin, bool sin_float, Address out);
 
+// Model, loss, whether numbers are float64, whether rotations are quaternions, cameras, points, observations, number of
+// multiprocessors, most blocks; scale of the loss, weight of depth, radius; addresses of cameras, points, observations,
+// depth, fixed points, step of cameras, and of the sorted keys and where they were, of which the last five may be 0;
+// indices.
+using BaProblem = std::tuple<std::vector<int64_t>, std::vector<double>, std::vector<Address>, Indices, Indices>;
+const char* ba_keys(BaProblem p, Address keys);
+const char* ba_residual(BaProblem p, Address residual, Address valid, Address jac_camera, Address jac_point);
+const char* ba_cost(BaProblem p, Address cost);
+// What they return, in order.
+const char* ba_build(BaProblem p, std::vector<Address> to);
+// pairs: whether there are any, which, how many.
+const char* ba_schur(BaProblem p, std::tuple<bool, Indices, int64_t> pairs, std::vector<Address> to);
+const char* ba_schur_mv(BaProblem p, Address y);
+const char* ba_backsubstitute(BaProblem p, std::vector<Address> to);
+// Model, whether numbers are float64, whether rotations are quaternions, cameras, points, most blocks; cameras, points,
+// steps of both, and what they become.
+const char* ba_retract(std::vector<int64_t> sizes, std::vector<Address> addresses);
+
 // The kernels of wrappers.cpp and planted.cpp, by name.
 const char* wrappers(const std::string& name, Address a, Address b, Address c);
 const char* planted(const std::string& name, Address in, Address out);

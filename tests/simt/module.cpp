@@ -77,6 +77,14 @@ PYBIND11_MODULE(effk_simt, m) {
   EFFK_DEF(vq_topk);
   EFFK_DEF(vq_attend);
   EFFK_DEF(vq_wrope);
+  EFFK_DEF(ba_keys);
+  EFFK_DEF(ba_residual);
+  EFFK_DEF(ba_cost);
+  EFFK_DEF(ba_build);
+  EFFK_DEF(ba_schur);
+  EFFK_DEF(ba_schur_mv);
+  EFFK_DEF(ba_backsubstitute);
+  EFFK_DEF(ba_retract);
 #undef EFFK_DEF
   m.def("wrappers", &call<&wrappers, const std::string&, Address, Address, Address>);
   m.def("planted", &call<&planted, const std::string&, Address, Address>);

@@ -1,0 +1,264 @@
+"""Solving a `Problem`, with a report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._progress import progress_bar
+from . import levenberg_marquardt, reference
+from .levenberg_marquardt import Iteration, Options
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch.distributed import ProcessGroup
+
+log = logging.getLogger("effk")
+
+NEWTON_STEPS, PIXEL_TOLERANCE = 12, 1e-6  # of undoing distortions; pixels
+
+Callback = Callable[[Iteration], "bool | None"]
+
+# Heading, and how an iteration's number is written below it.
+TABLE = (
+    ("iter", "{:4d}"),
+    ("cost", "{:13.6e}"),
+    ("change", "{:10.2e}"),
+    ("|gradient|", "{:10.2e}"),
+    ("|step|", "{:9.2e}"),
+    ("radius", "{:9.2e}"),
+    ("linear", "{:6d}"),
+    ("seconds", "{:8.3f}"),
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a solve came to. Costs are half the sum of squares, by the loss, as Ceres has them.
+
+    Attributes:
+        history: the start, and each iteration.
+        termination: why it ended.
+        converged: whether a tolerance of function, gradient or parameters ended it.
+        linear_solver: the one that was used.
+        cameras, points, observations, free_parameters: how many there were; free parameters are the cameras'.
+        behind: observations of points that are behind their camera at the end. They count, as in Ceres.
+    """
+
+    history: list[Iteration]
+    termination: str
+    linear_solver: str
+    cameras: int
+    points: int
+    observations: int
+    free_parameters: int
+    behind: int
+
+    @property
+    def initial_cost(self) -> float:
+        return self.history[0].cost
+
+    @property
+    def final_cost(self) -> float:
+        return self.history[-1].cost
+
+    @property
+    def iterations(self) -> int:
+        return len(self.history) - 1
+
+    @property
+    def converged(self) -> bool:
+        return "_tolerance" in self.termination
+
+    @property
+    def seconds(self) -> float:
+        return self.history[-1].seconds
+
+    def __str__(self) -> str:
+        root = (2 * self.final_cost / max(1, self.observations)) ** 0.5
+        return (
+            f"{self.cameras} cameras, {self.points} points, {self.observations} observations; {self.linear_solver}\n"
+            f"cost {self.initial_cost:.6e} -> {self.final_cost:.6e} ({root:.3g} root mean square) in {self.iterations} "
+            f"iterations, {self.seconds:.3f} s\n{self.termination}"
+            + (f"\n{self.behind} observations are behind their camera" if self.behind else "")
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The cost over time, with matplotlib.
+
+        Args:
+            ax: axes to draw in; new ones by default.
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.figure(figsize=(6, 4), layout="constrained").add_subplot()
+        ax.step([i.seconds for i in self.history], [i.cost for i in self.history], where="post", marker=".")
+        ax.set(xlabel="seconds", ylabel="cost", yscale="log")
+        ax.grid(alpha=0.3)
+        return ax
+
+
+def line(number: int, i: Iteration) -> str:
+    """An iteration below `heading()`."""
+    values = (number, i.cost, i.change, i.gradient, i.step, i.radius, i.linear_iterations, i.seconds)
+    return " ".join(form.format(value) for (_, form), value in zip(TABLE, values, strict=True))
+
+
+def heading() -> str:
+    return " ".join(f"{name:>{len(form.format(0))}}" for name, form in TABLE)
+
+
+def solve(
+    problem: Problem,
+    *,
+    group: ProcessGroup | None = None,
+    callback: Callback | None = None,
+    verbose: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Summary:
+    """Bundle adjustment of a problem, in place: `ba_solve` with a report.
+
+    An exception, Ctrl-C too, leaves the problem as the last accepted step made it.
+
+    Args:
+        problem: its cameras and points are changed. With model "position" this is global positioning.
+        group: a process group of torch.distributed whose ranks call this together, each with all cameras (the same
+            on every rank) and its own share of the points with all of their observations; point numbers are the
+            rank's own. Cameras come out the same on every rank.
+        callback: called with each `Iteration`, the start first; true ends the solve. With a group, ranks have to
+            agree.
+        verbose: print a line an iteration, as Ceres does.
+        progress: show a progress bar on a terminal instead.
+        **options: those of `ba_solve` from `loss` on; `model` is the problem's.
+
+    Returns:
+        A `Summary`. Each iteration is also logged, at level DEBUG.
+
+    Raises:
+        ValueError: the problem's fields don't fit together.
+        RuntimeError: as `ba_solve`.
+        TypeError: an unknown option.
+    """
+    chosen = Options(model=problem.model, **options)
+    number = 0
+    with progress_bar("bundle adjustment", chosen.max_iterations + 1, progress and not verbose) as advance:
+
+        def note(i: Iteration) -> bool | None:
+            nonlocal number
+            text = line(number, i)
+            log.debug("%s", text)
+            if verbose:
+                if number == 0:
+                    print(heading())
+                print(text, flush=True)
+            advance()
+            number += 1
+            return None if callback is None else callback(i)
+
+        given = problem.cameras, problem.points, problem.observations, problem.camera_index, problem.point_index
+        more = problem.depth, problem.fixed_points, problem.columns, problem.positions
+        result = levenberg_marquardt.run("ba_solve", *given, *more, chosen, group=group, callback=note)
+    _, valid = torch.ops.effk.ba_residual(*given, model=problem.model)
+    summary = Summary(
+        result.history,
+        result.termination,
+        result.linear_solver,
+        problem.cameras.shape[0],
+        problem.points.shape[0],
+        problem.observations.shape[0],
+        result.free_parameters,
+        int((~valid).sum()),
+    )
+    if verbose:
+        print(summary)
+    log.info("ba: %s", str(summary).replace("\n", "; "))
+    return summary
+
+
+def position_globally(problem: Problem, *, seed: int = 0, start: bool = True, **options: Any) -> Summary:
+    """Camera centres and points of a problem from its rotations and pixels alone, in place (GLOMAP, InstantSfM).
+
+    The pixels become directions by the model and the rotations; `gp_solve` finds centres and points, up to a shift and
+    a scale, and the translations follow.
+
+    Args:
+        problem: rotations and intrinsics are kept; translations and points are changed.
+        seed: of the random start, uniform in a cube of side 200.
+        start: False begins with the centres and points that the problem has.
+        **options: those of `gp_solve` and of `solve`.
+
+    Returns:
+        The `Summary` of the solve; its costs are those of directions.
+
+    Raises:
+        ValueError: a problem with model "position" (which `solve` takes); a pixel whose distortion can't be undone.
+        RuntimeError: as `gp_solve`.
+    """
+    directions = to_directions(problem)
+    if start:
+        draw = torch.Generator().manual_seed(seed)
+        for t in (directions.cameras, directions.points):
+            t.copy_(200 * (torch.rand(t.shape, generator=draw, dtype=torch.float64) - 0.5))
+        if problem.fixed_points is not None:
+            directions.points[problem.fixed_points] = problem.points[problem.fixed_points]
+    summary = solve(directions, **{"loss": "huber", "loss_scale": 0.1, **options})
+    turn = levenberg_marquardt.rotations(problem.cameras, problem.num_parameters)
+    first = _rotation_columns(problem)
+    problem.cameras[:, first : first + 3] = (
+        -(turn @ directions.cameras.double()[..., None]).squeeze(-1).to(problem.cameras.dtype)
+    )
+    problem.points.copy_(directions.points)
+    return summary
+
+
+def _rotation_columns(problem: Problem) -> int:
+    return 3 + problem.cameras.shape[1] - problem.num_parameters
+
+
+def to_directions(problem: Problem) -> Problem:
+    """The problem of model "position" for a problem's rotations, intrinsics and pixels, at its centres and points.
+
+    Raises:
+        ValueError: the problem has model "position" already; a pixel is where the distortion can't be undone.
+    """
+    if problem.model == "position":
+        raise ValueError("the problem has model 'position' already")
+    problem.check()
+    index = problem.camera_index.long()
+    turn = levenberg_marquardt.rotations(problem.cameras, problem.num_parameters)
+    _, translation, intrinsics = reference.parts(problem.cameras, problem.num_parameters)
+    centres = -(turn.mT @ translation[..., None]).squeeze(-1)
+    ahead = -1.0 if problem.model == "snavely" else 1.0
+    intrinsics, pixels = intrinsics[index], problem.observations.double()
+
+    def pixel(xy: Tensor, k: Tensor) -> Tensor:
+        return reference.project(problem.model, torch.cat([xy, xy.new_full((1,), ahead)]), k)[0]
+
+    xy = torch.zeros_like(pixels)
+    for _ in range(NEWTON_STEPS):
+        error = torch.func.vmap(pixel)(xy, intrinsics) - pixels
+        slope = torch.func.vmap(torch.func.jacfwd(pixel))(xy, intrinsics)
+        xy = xy - torch.linalg.solve_ex(slope, error[..., None])[0].squeeze(-1)
+    error = (torch.func.vmap(pixel)(xy, intrinsics) - pixels).norm(dim=1)
+    if len(bad := (~(error < PIXEL_TOLERANCE)).nonzero()):
+        raise ValueError(f"observation {int(bad[0])} is where its camera's distortion can't be undone")
+    rays = torch.cat([xy, torch.full_like(xy[:, :1], ahead)], 1)
+    directions = (turn[index].mT @ torch.nn.functional.normalize(rays, dim=1)[..., None]).squeeze(-1)
+    dtype = problem.cameras.dtype
+    return Problem(
+        centres.to(dtype),
+        problem.points.clone(),
+        directions.to(dtype),
+        problem.camera_index,
+        problem.point_index,
+        "position",
+        fixed_points=problem.fixed_points,
+    )

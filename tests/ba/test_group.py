@@ -1,0 +1,198 @@
+"""Points shared out over the ranks of a process group: the same cameras on all of them, and the same as without."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from effk.ba import Problem, solve
+from torch import Tensor
+
+from ..kit.tensors import same_bits
+from . import solver_strategies as kit
+from .solver_strategies import EXACT, SOLVERS, scene
+
+pytestmark = [
+    pytest.mark.xdist_group("ba_group"),  # of one run
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"),
+]
+SIZES = (1, 2, 4)
+SHARES = {1: [1.0], 2: [0.7, 0.3], 4: [0.5, 0.0, 0.2, 0.3]}  # of the points; one rank has none
+SECONDS = 120  # for all of it
+KINDS = ("plain", "more")
+
+
+def problem_of(kind: str) -> tuple[Problem, dict[str, Any]]:
+    """And options. "more" is everything that cameras may have, and depths."""
+    problem, truth = scene(6, 50, kind="street", observations=180, seed=3, perturbation=0.003)
+    if kind == "plain":
+        return problem, {"loss": "huber", "loss_scale": 2.0}
+    kit.shared_intrinsics(problem, truth, 0.5)
+    problem.fix_cameras(2)
+    problem.positions = kit.centres(truth) + 0.01
+    problem.positions[4] = math.nan
+    problem.fixed_points = torch.arange(50) % 7 == 0
+    problem.depth = torch.full((180,), 5.0, dtype=torch.float64)
+    problem.depth[::2] = math.nan
+    return problem, {"depth_weight": 3.0, "position_weight": 20.0}
+
+
+def shares(size: int) -> list[slice]:
+    """Of 50 points."""
+    ends = [0, *(round(50 * sum(SHARES[size][: i + 1])) for i in range(size))]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def share_of(problem: Problem, points: slice) -> Problem:
+    own = (problem.point_index >= points.start) & (problem.point_index < points.stop)
+    return Problem(
+        problem.cameras.clone(),
+        problem.points[points].clone(),
+        problem.observations[own],
+        problem.camera_index[own],
+        problem.point_index[own] - points.start,
+        problem.model,
+        depth=None if problem.depth is None else problem.depth[own],
+        fixed_points=None if problem.fixed_points is None else problem.fixed_points[points],
+        columns=problem.columns,
+        positions=problem.positions,
+    )
+
+
+def solved(problem: Problem, options: dict[str, Any], group: Any = None) -> dict[str, Any]:
+    summary = solve(problem, group=group, max_iterations=12, **options)
+    return {
+        "cameras": problem.cameras,
+        "points": problem.points,
+        "history": torch.tensor(summary.history, dtype=torch.float64)[:, :6],
+        "termination": summary.termination,
+        "counts": (summary.cameras, summary.points, summary.observations, summary.free_parameters),
+    }
+
+
+def rank_of_all(rank: int, folder: str) -> None:
+    """One of four processes; smaller groups are the first of them."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=max(SIZES),
+        timeout=datetime.timedelta(seconds=SECONDS),
+    )
+    groups = {size: dist.new_group(list(range(size))) for size in SIZES}
+    found: dict[Any, Any] = {}
+    for size in SIZES:
+        if rank >= size:
+            continue
+        for kind in KINDS:
+            for name in SOLVERS:
+                problem, options = problem_of(kind)
+                mine = share_of(problem, shares(size)[rank])
+                found[size, kind, name] = solved(mine, {**options, **EXACT, "linear_solver": name}, groups[size])
+    # Of two, one wants to stop, or has slept, or has what isn't finite, or another camera.
+    if rank < 2:
+        problem, options = problem_of("plain")
+        rows: list[float] = []
+
+        def note(row: Any) -> bool:
+            rows.append(row.cost)
+            return rank == 1 and len(rows) == 3
+
+        found["stopped"] = solve(share_of(problem, shares(2)[rank]), group=groups[2], callback=note).termination
+        found["rows"] = len(rows)
+        late = solve(
+            share_of(problem, shares(2)[rank]),
+            group=groups[2],
+            max_seconds=0.5,
+            callback=lambda _: time.sleep(0.6 * rank),
+        )
+        found["late"] = (late.termination, late.iterations)
+        for name in ("points", "cameras"):
+            broken = share_of(problem, shares(2)[rank])
+            if rank == 1:
+                getattr(broken, name)[3, 0] = math.nan if name == "points" else 0.1
+            try:
+                solve(broken, group=groups[2])
+            except RuntimeError as error:
+                found[name] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each rank came to."""
+    folder: Path = tmp_path_factory.mktemp("group")
+    spawn = torch.multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=rank_of_all, args=(rank, str(folder)), daemon=True) for rank in range(max(SIZES))]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + SECONDS
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    assert codes == [0] * len(ranks), f"exit codes {codes}; None is one that hung"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(max(SIZES))]
+
+
+@pytest.mark.parametrize("linear_solver", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_agree_with_each_other_and_with_one_alone(
+    found: list[dict[Any, Any]], size: int, kind: str, linear_solver: str
+) -> None:
+    """Cameras to the bit; the same as without a group but for the order of sums, and to the bit with one rank."""
+    results = [found[rank][size, kind, linear_solver] for rank in range(size)]
+    problem, options = problem_of(kind)
+    alone = solved(problem, {**options, **EXACT, "linear_solver": linear_solver})
+    assert alone["history"][0, 0] > 10 * alone["history"][-1, 0] > 0
+    for result in results:
+        assert same_bits(result["cameras"], results[0]["cameras"])
+        assert same_bits(result["history"], results[0]["history"])
+        assert result["termination"] == results[0]["termination"]
+    points = torch.cat([result["points"] for result in results])
+    if size == 1:
+        assert same_bits(points, alone["points"]) and same_bits(results[0]["cameras"], alone["cameras"])
+        assert same_bits(results[0]["history"], alone["history"])
+    costs: list[Tensor] = [r["history"][:, 0] for r in (results[0], alone)]
+    first = float(costs[1][0])
+    assert float(costs[0][0]) == pytest.approx(first, rel=1e-12)
+    assert float(costs[0][1]) == pytest.approx(float(costs[1][1]), rel=1e-9, abs=1e-9 * first)
+    assert float(costs[0][-1]) == pytest.approx(float(costs[1][-1]), rel=1e-6)
+    if len(costs[0]) == len(costs[1]):
+        torch.testing.assert_close(points, alone["points"], rtol=1e-3, atol=1e-3)
+    counts = [result["counts"] for result in results]
+    assert {(c[0], c[3]) for c in counts} == {(6, alone["counts"][3])}
+    assert [sum(c[i] for c in counts) for i in (1, 2)] == [50, 180]
+    if size == 4:
+        assert counts[1][1:3] == (0, 0)
+
+
+def test_one_rank_stops_all(found: list[dict[Any, Any]]) -> None:
+    assert [found[rank]["rows"] for rank in range(2)] == [3, 3]
+    assert [found[rank]["stopped"] for rank in range(2)] == ["stopped by the callback"] * 2
+
+
+def test_time_is_over_for_all(found: list[dict[Any, Any]]) -> None:
+    """At the row before which one of them had slept: the seconds of the other may or may not have been over."""
+    (a, i), (b, j) = (found[rank]["late"] for rank in range(2))
+    assert i == j == 1 and a == b and "max_seconds" in a
+
+
+def test_all_refuse_what_one_has(found: list[dict[Any, Any]]) -> None:
+    """Rather than one, for which the others would wait; and that one knows what it is."""
+    assert all("effk::ba_solve" in found[rank]["points"] for rank in range(2))
+    assert "points[3] holds NaN" in found[1]["points"]
+    assert all("effk::ba_solve: cameras differ" in found[rank]["cameras"] for rank in range(2))
