@@ -46,6 +46,9 @@ class Iteration(NamedTuple):
     seconds: float  # since the start
 
 
+COLUMNS = len(Iteration._fields) - 1  # of an op's result: all but the seconds, so that it is the same each time
+
+
 @dataclass(frozen=True)
 class Options:
     """Of a solve; see `ba_solve`."""
@@ -750,9 +753,9 @@ def run(
 
 
 def table(history: list[Iteration], max_iterations: int, like: Tensor) -> Tensor:
-    """[max_iterations + 1, 7] float64; rows that weren't reached are NaN."""
-    rows = like.new_full((max_iterations + 1, len(Iteration._fields)), math.nan, dtype=torch.float64)
-    rows[: len(history)] = torch.tensor(history, dtype=torch.float64)
+    """[max_iterations + 1, COLUMNS] float64; rows that weren't reached are NaN."""
+    rows = like.new_full((max_iterations + 1, COLUMNS), math.nan, dtype=torch.float64)
+    rows[: len(history)] = torch.tensor([row[:COLUMNS] for row in history], dtype=torch.float64)
     return rows
 
 

@@ -259,7 +259,7 @@ def _fake_solve(
     )
     problem = cameras, points, observations, camera_index, point_index, depth, fixed_points, columns, positions
     solver.check_solve("ba_solve", *problem, options)
-    return _doubles(cameras, max_iterations + 1, len(solver.Iteration._fields))
+    return _doubles(cameras, max_iterations + 1, solver.COLUMNS)
 
 
 def _fake_gp_solve(
@@ -301,7 +301,7 @@ def _fake_gp_solve(
     )
     problem = cameras, points, observations, camera_index, point_index, None, fixed_points, columns, None
     solver.check_solve("gp_solve", *problem, options)
-    return _doubles(cameras, max_iterations + 1, len(solver.Iteration._fields))
+    return _doubles(cameras, max_iterations + 1, solver.COLUMNS)
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
@@ -887,9 +887,9 @@ def ba_solve(
         linear_tolerance, max_linear_iterations: of conjugate gradients; see `ba_pcg`.
 
     Returns:
-        [max_iterations + 1, 7] float64, a row for the start and one an iteration: cost, change by the step (that of a
-        rejected one too), largest |entry| of the gradient, norm of the step, radius, linear iterations, seconds since
-        the start. Rows of iterations that weren't needed are NaN.
+        [max_iterations + 1, 6] float64, a row for the start and one an iteration: cost, change by the step (that of a
+        rejected one too), largest |entry| of the gradient, norm of the step, radius, linear iterations. Rows of
+        iterations that weren't needed are NaN.
 
     Raises:
         RuntimeError: wrong dtypes or shapes, options out of range; indices out of range, on any device; tied parameters

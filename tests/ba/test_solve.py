@@ -900,7 +900,7 @@ def test_op_is_what_solve_runs() -> None:
     summary = solve(problem, loss="cauchy", max_iterations=30)
     more = other.depth, other.fixed_points, other.columns
     table = torch.ops.effk.ba_solve(*given(other), *more, loss="cauchy", max_iterations=30)
-    assert table.shape == (31, 7) and table.dtype == torch.float64
+    assert table.shape == (31, 6) and table.dtype == torch.float64
     count = len(summary.history)
     assert count < 31 and bool(table[count:].isnan().all()) and bool(table[:count].isfinite().all())
     assert table[:count, :6].tolist() == [list(i[:6]) for i in summary.history]
