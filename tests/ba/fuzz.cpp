@@ -61,6 +61,7 @@ class Sum {
     ++terms_;
   }
   operator Num() const { return {v_, e_ + terms_ * kUnit * size_}; }
+  Real size() const { return size_; }  // of all terms
 
  private:
   Real v_ = 0, e_ = 0, size_ = 0;
@@ -584,6 +585,9 @@ struct System {
   Num w(const Case& c, int64_t a, int64_t p, int64_t i, int64_t j) const {
     return coupling[((a * c.points() + p) * c.n + i) * 3 + j];
   }
+  Real size_of_w(const Case& c, int64_t a, int64_t p, int64_t i, int64_t j) const {
+    return coupling[((a * c.points() + p) * c.n + i) * 3 + j].size();
+  }
   Num v_inverse(int64_t p, int64_t i, int64_t j) const { return inverse[p * 9 + i * 3 + j]; }
 
   // V^-1 b of a point.
@@ -741,16 +745,33 @@ void run_schur(Case& c, Scene& scene, const System* system) {
   for (int64_t block = 0; block < count; ++block) {
     const auto [a, b] = pairs[block];
     std::vector<Sum> s(n * n);
-    for (int64_t i = 0; i < n * n && a == b; ++i) s[i].add(system->hessian[a * n * n + i]);
-    for (int64_t p = 0; p < c.points(); ++p)
+    std::vector<Real> size(n * n);  // of all terms
+    int64_t terms = 0;              // as the kernels have them: one for each pair of a point's observations
+    for (int64_t i = 0; i < n * n && a == b; ++i) {
+      s[i].add(system->hessian[a * n * n + i]);
+      size[i] = system->hessian[a * n * n + i].size();
+    }
+    for (int64_t p = 0; p < c.points(); ++p) {
+      terms += c.lengths[p] * c.lengths[p];
       for (int64_t i = 0; i < n; ++i) {
         const Num of_row[3] = {system->w(c, a, p, i, 0), system->w(c, a, p, i, 1), system->w(c, a, p, i, 2)};
         Num x[3];
+        Real of_x[3] = {};
         system->solve(p, of_row, x);
+        for (int k = 0; k < 3; ++k)
+          for (int l = 0; l < 3; ++l)
+            of_x[k] += std::fabs(system->v_inverse(p, k, l).v) * system->size_of_w(c, a, p, i, l);
         for (int64_t j = 0; j < n; ++j)
-          for (int k = 0; k < 3; ++k) s[i * n + j].add(-(x[k] * system->w(c, b, p, j, k)));
+          for (int k = 0; k < 3; ++k) {
+            s[i * n + j].add(-(x[k] * system->w(c, b, p, j, k)));
+            size[i * n + j] += of_x[k] * system->size_of_w(c, b, p, j, k);
+          }
       }
-    for (int64_t i = 0; i < n * n; ++i) expect("block of S", c, block, i, values[block * n * n + i], s[i]);
+    }
+    for (int64_t i = 0; i < n * n; ++i) {
+      const Num sum = s[i];
+      expect("block of S", c, block, i, values[block * n * n + i], {sum.v, sum.e + terms * kUnit / kSlack * size[i]});
+    }
   }
 }
 
