@@ -16,7 +16,7 @@ from effk.ba.levenberg_marquardt import Iteration
 from torch import Tensor
 
 from ..kit.tensors import generator
-from .strategies import matrix_of, pixels, robust
+from .strategies import matrix_of, pixels, robust, skew
 
 BAL = Path(__file__).parents[3] / "shared" / "data" / "bal"
 SOLVERS = ("dense_schur", "sparse_schur", "iterative_schur")
@@ -59,6 +59,14 @@ def with_centres(problem: Problem, wanted: Tensor) -> None:
     first = rotation_columns(problem)
     rotation = matrix_of(problem.cameras[:, :first])
     problem.cameras[:, first : first + 3] = -(rotation @ wanted[..., None])[..., 0]
+
+
+def cost_of_positions(problem: Problem, weight: float) -> float:
+    """What knowing centres adds, of those that are known."""
+    if problem.positions is None:
+        return 0.0
+    off = (centres(problem) - problem.positions)[~problem.positions.isnan().any(1)]
+    return 0.5 * weight**2 * float(off.square().sum())
 
 
 def seen_by(problem: Problem) -> Tensor:
@@ -138,8 +146,8 @@ def away(found: Problem, truth: Problem, aligned: bool = True) -> float:
 class Dense:
     """The whole normal equations of a problem, from ba_jacobian alone."""
 
-    def __init__(self, problem: Problem, loss: str = "trivial", loss_scale: float = 1.0):
-        self.problem, self.loss, self.loss_scale = problem, loss, loss_scale
+    def __init__(self, problem: Problem, loss: str = "trivial", loss_scale: float = 1.0, position_weight: float = 1.0):
+        self.problem, self.loss, self.loss_scale, self.weight = problem, loss, loss_scale, position_weight
         r, of_camera, of_point, _ = effk.ba.jacobian(*given(problem), problem.depth, model=problem.model)
         count, rows = r.shape
         with_loss = 3 if problem.model == "position" else 2
@@ -147,6 +155,7 @@ class Dense:
         weight = torch.ones_like(r)
         weight[:, :with_loss] = factor[:, None]
         self.cost = float(0.5 * rho.sum() + 0.5 * r[:, with_loss:].square().sum())
+        self.cost += cost_of_positions(problem, position_weight)
         self.n, self.cameras, self.points = problem.num_parameters, len(problem.cameras), len(problem.points)
         split = self.cameras * self.n
         j = torch.zeros(count, rows, split + 3 * self.points, dtype=torch.float64)
@@ -155,6 +164,17 @@ class Dense:
             j[o, :, c * self.n : (c + 1) * self.n] += weight[o, :, None] * of_camera[o]
             j[o, :, split + 3 * p : split + 3 * p + 3] += weight[o, :, None] * of_point[o]
         self.j, self.r = j.flatten(0, 1), (weight * r).flatten()
+        if problem.positions is not None:
+            known = problem.positions.isnan().logical_not().all(1).nonzero().flatten()
+            first = rotation_columns(problem)
+            back = -matrix_of(problem.cameras[known, :first]).mT
+            rows = torch.zeros(len(known), 3, self.j.shape[1], dtype=torch.float64)
+            of_rotation = back @ skew(problem.cameras[known, first : first + 3])
+            for i, c in enumerate(known.tolist()):
+                rows[i, :, c * self.n : c * self.n + 6] = position_weight * torch.cat([of_rotation[i], back[i]], 1)
+            self.j = torch.cat([self.j, rows.flatten(0, 1)])
+            off = position_weight * (centres(problem) - problem.positions)[known]
+            self.r = torch.cat([self.r, off.flatten()])
         # Columns of free parameters; those of the same number are one.
         columns = torch.arange(split) if problem.columns is None else problem.columns.flatten().long()
         size = int(columns.max()) + 1 if len(columns) else 0
@@ -196,7 +216,8 @@ class Dense:
         """What Levenberg-Marquardt does next from a row of the history, after so many rejected steps in a row."""
         step = self.step(row.radius)
         cameras, points, norm = self.moved(step)
-        new = cost_of(replace(self.problem, cameras=cameras, points=points), loss=self.loss, loss_scale=self.loss_scale)
+        trial = replace(self.problem, cameras=cameras, points=points)
+        new = cost_of(trial, loss=self.loss, loss_scale=self.loss_scale) + cost_of_positions(trial, self.weight)
         quality = (self.cost - new) / self.promised(step)
         if quality > 1e-3 and math.isfinite(new):
             radius = row.radius / max(1 / 3, 1 - (2 * quality - 1) ** 3)

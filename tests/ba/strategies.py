@@ -915,7 +915,8 @@ def _solver_calls(draw: st.DrawFn, op: str) -> Call:
             positions = tensors.lay_out(known.to(case.dtype), case.layout)
         rest = (case.given["depth"], *rest, positions)
     if draw(st.booleans()):  # said or left out
-        options = {k: v for k, v in options.items() if v not in ("snavely", "trivial", "auto", 1.0, 1e4, None)}
+        defaults = ("snavely", "trivial", "auto", 1.0, 1e4, None)
+        options = {k: v for k, v in options.items() if v not in defaults or k == "max_iterations"}
     while rest and rest[-1] is None and draw(st.booleans()):
         rest = rest[:-1]
     return Call(op, (*case.problem(), *rest), options)

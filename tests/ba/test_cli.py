@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,15 +72,22 @@ def test_colmap(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "cost" in capsys.readouterr().out
 
 
-def test_quiet(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The summary, and no line an iteration; without -o nothing is written."""
+def test_quiet(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The summary, and a bar rather than lines; without -o nothing is written."""
+    bars: list[bool] = []
+
+    def bar(description: str, total: int, enabled: bool) -> Any:
+        bars.append(enabled)
+        return contextlib.nullcontext(lambda: None)
+
+    monkeypatch.setattr(sys.modules["effk.ba.solve"], "progress_bar", bar)
     before = sorted(file.parent.iterdir())
     assert main([str(file), "-q"]) == 0
     out, err = capsys.readouterr()
-    assert (
-        len(out.splitlines()) == 3 and out.startswith("5 cameras, 25 points, 125 observations; dense_schur") and not err
-    )
+    assert len(out.splitlines()) == 3 and err == ""
+    assert out.startswith("5 cameras, 25 points, 125 observations; dense_schur")
     assert sorted(file.parent.iterdir()) == before
+    assert main([str(file)]) == 0 and bars == [True, False]
 
 
 @pytest.mark.parametrize(

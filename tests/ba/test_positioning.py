@@ -180,6 +180,8 @@ def test_options_are_those_of_a_solve(capsys: pytest.CaptureFixture[str]) -> Non
     summary = position_globally(problem, loss="trivial", linear_solver="sparse_schur", max_iterations=2, verbose=True)
     assert summary.linear_solver == "sparse_schur" and summary.iterations == 2
     assert len(capsys.readouterr().out.splitlines()) == 1 + 3 + len(str(summary).splitlines())
+    huber = position_globally(problem, max_iterations=0)  # whose start is the same
+    assert summary.initial_cost > 2 * huber.initial_cost
     with pytest.raises(TypeError, match="iterations"):
         position_globally(problem, iterations=2)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,18 +83,21 @@ class Small:
             problem.fix_cameras(0, intrinsics=True)
             problem.fix_cameras(1, pose=False, intrinsics=True)
             problem.fixed_points = torch.arange(15) % 4 == 0
+        if self.free == "positions":
+            problem.positions = kit.centres(truth)
+            problem.positions[2] = math.nan
         return problem
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"loss": self.loss, "loss_scale": 2.0}
+        return {"loss": self.loss, "loss_scale": 2.0, "position_weight": 300.0}
 
 
 def small(**kinds: tuple[Any, ...]) -> st.SearchStrategy[Small]:
     choices = {
         "model": PERSPECTIVE,
         "quaternion": (False, True),
-        "free": ("all", "fixed", "shared"),
+        "free": ("all", "fixed", "shared", "positions"),
         "loss": LOSSES[:4],
     } | kinds
     return st.builds(Small, *(st.sampled_from(c) for c in choices.values()), SEEDS)
@@ -339,7 +345,9 @@ def test_accepted_costs_fall_and_are_true(linear_solver: str, case: Small, wrong
     )
     costs = [i.cost for i in summary.history]
     assert all(after <= before for before, after in itertools.pairwise(costs))
-    assert costs == pytest.approx([cost_of(p, **case.options) for p in states], rel=1e-12)
+    options = {k: v for k, v in case.options.items() if k != "position_weight"}
+    wanted = [cost_of(p, **options) + kit.cost_of_positions(p, 300.0) for p in states]
+    assert costs == pytest.approx(wanted, rel=1e-12)
     for i, was_rejected in enumerate(rejected(summary.history)):
         assert same_bits(states[i].cameras, states[i + 1].cameras) == was_rejected or case.free == "fixed"
         assert same_bits(states[i].points, states[i + 1].points) >= was_rejected
@@ -350,7 +358,7 @@ FAR = [("snavely", 0.2, 0, 1e10), ("snavely", 0.3, 3, 1e4), ("opencv", 0.1, 1, 1
 
 
 @pytest.mark.parametrize(("model", "perturbation", "seed", "radius"), FAR)
-@pytest.mark.parametrize("kind", ["free", "fixed", "huber"])
+@pytest.mark.parametrize("kind", ["free", "fixed", "huber", "positions"])
 def test_iterations_are_those_of_dense_equations(
     model: str, perturbation: float, seed: int, radius: float, kind: str
 ) -> None:
@@ -359,23 +367,28 @@ def test_iterations_are_those_of_dense_equations(
     As the radius grows, what rounding leaves of a step in directions that nothing tells of (those of a similarity) is
     1e-16 of the largest, times the radius: steps are compared up to where that is small, costs always.
     """
-    problem, _ = scene(4, 12, model=model, perturbation=perturbation, seed=seed)
-    loss = {"loss": "huber", "loss_scale": 20.0} if kind == "huber" else {}
+    problem, truth = scene(4, 12, model=model, perturbation=perturbation, seed=seed)
+    options: dict[str, Any] = {"loss": "huber", "loss_scale": 20.0} if kind == "huber" else {}
+    if kind == "positions":
+        problem.positions = kit.centres(truth)
+        options["position_weight"] = 300.0
     if kind == "fixed":
         problem.fix_cameras(1)
         problem.fixed_points = torch.arange(12) == 5
-    summary, states = states_of(problem, max_iterations=25, initial_radius=radius, function_tolerance=0.0, **loss)
+    summary, states = states_of(problem, max_iterations=25, initial_radius=radius, function_tolerance=0.0, **options)
     in_a_row = most = 0
     for i, (row, following) in enumerate(zip(summary.history, summary.history[1:], strict=False)):
-        dense = Dense(states[i], **loss)
+        dense = Dense(states[i], **options)
         assert row.cost == pytest.approx(dense.cost, rel=1e-12)
-        assert row.gradient == pytest.approx(float(dense.gradient.abs().max()), rel=1e-9)
+        # Of residuals, which are differences of pixels up to some 2000.
+        rounding = 16 * UNIT * float((dense.j.abs().T @ (dense.r.abs() + 2000)).max())
+        assert row.gradient == pytest.approx(float(dense.gradient.abs().max()), rel=1e-9, abs=rounding)
         wanted, in_a_row = dense.iteration(row, in_a_row)
         most = max(most, in_a_row)
         for name in ("cost", "change", "radius", "step"):
             if name == "cost" or row.radius <= 1e8:
                 assert getattr(following, name) == pytest.approx(getattr(wanted, name), rel=1e-4), (i, name)
-    assert most >= 2, "no two steps in a row were rejected"
+    assert most >= 2 or kind == "positions", "no two steps in a row were rejected"
 
 
 def test_radius_after_rejected_steps() -> None:
@@ -468,12 +481,13 @@ def test_float32(model: str) -> None:
 
 
 def test_function_tolerance() -> None:
-    problem, _ = scene()
-    summary = solve(problem, function_tolerance=1e-3)
-    shares = [abs(i.change) / (i.cost + i.change) for i in summary.history[1:]]
+    """Of the cost before the step; where it is far from small."""
+    problem, _ = scene(5, 25, perturbation=0.3, seed=1)
+    summary = solve(problem, function_tolerance=0.1)
+    shares = [abs(after.change) / before.cost for before, after in itertools.pairwise(summary.history)]
     assert summary.termination.startswith("function_tolerance") and summary.converged
-    assert shares[-1] <= 1e-3 < min(shares[:-1])
-    assert solve(problem, function_tolerance=0.0, max_iterations=100).iterations > 1
+    assert shares[-1] <= 0.1 < min(shares[:-1]) and summary.final_cost > 1e3
+    assert f"the relative change is {shares[-1]:.2e}" in summary.termination
 
 
 def test_gradient_tolerance() -> None:
@@ -965,13 +979,14 @@ def test_conjugate_gradients(case: Small, radius: float) -> None:
     ]
     assert models == sorted(models)
     # The rule for the end: the last step's share, times the number of steps.
-    count = int(effk.ba.pcg(*given(problem), *system, **options, tolerance=0.1)[1])
-    of = [
-        model(effk.ba.pcg(*given(problem), *system, **options, tolerance=0.0, max_iterations=k)[0])
-        for k in range(count + 1)
-    ]
-    shares = [k * (of[k] - of[k - 1]) / of[k] for k in range(1, count + 1)]
-    assert shares[-1] < 0.1 and all(s >= 0.1 for s in shares[:-1])
+    for tolerance in (0.5, 0.1, 0.01):
+        count = int(effk.ba.pcg(*given(problem), *system, **options, tolerance=tolerance)[1])
+        of = [
+            model(effk.ba.pcg(*given(problem), *system, **options, tolerance=0.0, max_iterations=k)[0])
+            for k in range(count + 1)
+        ]
+        shares = [k * (of[k] - of[k - 1]) / of[k] for k in range(1, count + 1)]
+        assert shares[-1] < tolerance * (1 + 1e-6) and all(s > tolerance * (1 - 1e-6) for s in shares[:-1])
 
 
 def test_conjugate_gradients_that_cannot() -> None:
@@ -1044,6 +1059,25 @@ def test_verbose(capsys: pytest.CaptureFixture[str]) -> None:
     assert out[1 + len(summary.history) :] == str(summary).splitlines()
     solve(problem)
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar for as many iterations as there may be, and the start; not together with lines."""
+    bars: list[tuple[int, bool, list[None]]] = []
+
+    @contextlib.contextmanager
+    def bar(description: str, total: int, enabled: bool) -> Iterator[Any]:
+        assert description
+        steps: list[None] = []
+        bars.append((total, enabled, steps))
+        yield lambda: steps.append(None)
+
+    monkeypatch.setattr(sys.modules["effk.ba.solve"], "progress_bar", bar)
+    problem, _ = scene()
+    for options, enabled in (({}, False), ({"progress": True}, True), ({"progress": True, "verbose": True}, False)):
+        summary = solve(problem.clone(), max_iterations=7, **options)
+        total, shown, steps = bars.pop()
+        assert (total, shown, len(steps)) == (8, enabled, len(summary.history))
 
 
 def test_logging(caplog: pytest.LogCaptureFixture) -> None:
