@@ -259,6 +259,7 @@ class Layer:
 
 
 def make_mlp(problem: Problem, device: torch.device) -> Work:
+    """Of moe_mlp, or of moe_mlp_, which adds to y: to nothing here, so that both are checked alike."""
     size, random = problem.size, generator(device)
     dtype, tokens, k, experts = DTYPES[size["dtype"]], size["tokens"], size["k"], size["experts"]
     cols, inner = size["K"], size["I"]
@@ -298,13 +299,20 @@ def make_mlp(problem: Problem, device: torch.device) -> Work:
         bound = roundings * (expected.abs() + 4 * magnitude) + rounding(torch.float32) * sums
         return difference(result, expected.double(), bound.double())
 
+    adds = problem.op == "moe_mlp_"
+
+    def arguments(of: Layer) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = (of.x, of.w13, of.w2, of.weights, of.ids)
+        return ((torch.zeros(tokens, cols, device=device), *given) if adds else given), {}
+
     return Work(
         inputs=of,
-        arguments=lambda of: ((of.x, of.w13, of.w2, of.weights, of.ids), {}),
+        arguments=arguments,
         check=check,
         bytes=(used * 3 * inner * cols + 2 * of.x.numel()) * of.x.element_size(),
         flops=6.0 * tokens * k * inner * cols,
         dtype=dtype,
+        written=(lambda args, kwargs: args[0]) if adds else None,
     )
 
 
@@ -410,6 +418,11 @@ def layer(tokens: int, dtype: str = "bf16", quick: bool = False, **size: int) ->
     return on_all_devices("moe_mlp", {**FULL, **size, "dtype": dtype, "tokens": tokens}, make_mlp, MLP_PEERS, quick)
 
 
+def adding(tokens: int, quick: bool = False, **size: int) -> Problem:
+    peer = Peer("moe_mlp", of_gemm("auto"), "this library's layer that isn't added to anything")
+    return on_all_devices("moe_mlp_", {**FULL, **size, "dtype": "bf16", "tokens": tokens}, make_mlp, (peer,), quick)
+
+
 def gemm(rows: int, skew: str, dtype: str = "bf16", quick: bool = False, **size: int) -> Problem:
     full = {**FULL_GEMM, **size, "dtype": dtype, "skew": skew, "rows": rows}
     return on_all_devices("moe_grouped_gemm", full, make_gemm, GEMM_PEERS, quick)
@@ -438,12 +451,14 @@ def others(tokens: int, experts: int, k: int, cols: int, quick: bool = False) ->
 PROBLEMS = [
     *(layer(tokens) for tokens in (1, 8, 64, 256, 1024)),
     layer(64, "f32"),
+    adding(64),
     *(gemm(rows, skew) for rows in (1, 4, 16, 64, 256, 1024, 4096) for skew in ("uniform", "halves")),
     *(gemm(rows, "uniform", experts=1) for rows in (16, 256, 4096)),
     gemm(256, "uniform", "f32"),
     *others(256, 64, 8, 2048),
     # For a look, not for a claim.
     *(layer(tokens, quick=True, experts=8, K=512, I=256, k=2) for tokens in (1, 64)),
+    adding(64, quick=True, experts=8, K=512, I=256, k=2),
     *(gemm(64, skew, quick=True, experts=8, K=512, N=512) for skew in ("uniform", "halves")),
     *others(64, 8, 2, 512, quick=True),
 ]

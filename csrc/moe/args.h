@@ -240,19 +240,24 @@ inline CombineCall check_combine(const Tensor& y, const Tensor& inverse, const T
   return call;
 }
 
-// A checked call of moe_mlp; what is sorted and what is between the two products is left to the caller.
+// A checked call of moe_mlp or moe_mlp_; what is sorted and what is between the two products is left to the caller.
 struct MlpCall {
+  const char* op;
   Activation activation;
   std::optional<Gemm> gemm;
   Operands first, second;                       // second without x, which is what the first gives
   int64_t tokens, pairs, experts, inner, rows;  // pairs: of a token
   Tensor x, w13, w2, weights, ids, y;
+  bool adds;  // to y, in float32
 };
 
-inline MlpCall check_mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights, const Tensor& ids,
-                         const std::string& activation, const std::string& gemm) {
-  constexpr const char* op = "moe_mlp";
+inline MlpCall check_mlp(const OptTensor& y, const Tensor& x, const Tensor& w13, const Tensor& w2,
+                         const Tensor& weights, const Tensor& ids, const std::string& activation,
+                         const std::string& gemm) {
+  const char* const op = y ? "moe_mlp_" : "moe_mlp";
   MlpCall call;
+  call.op = op;
+  call.adds = y.has_value();
   call.activation = check::choice(op, "activation", activation, kActivations);
   call.gemm = check::choice(op, "gemm", gemm, kGemms);
   const Type type = check::float_type(op, "x", x);
@@ -274,7 +279,14 @@ inline MlpCall check_mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, c
   call.x = as_rows(x, call.tokens, cols);
   call.ids = torch::stable::contiguous(ids);
   call.weights = torch::stable::contiguous(weights);
-  call.y = empty_like_device(x, with_last(x, cols));
+  if (y) {
+    check::dtype(op, "y", *y, {ScalarType::Float});
+    EFFK_CHECK(std::equal(y->sizes().begin(), y->sizes().end(), x.sizes().begin(), x.sizes().end()), op,
+               "y has shape ", check::str(y->sizes()), "; wanted x's, ", check::str(x.sizes()));
+    check::contiguous(op, "y", *y);
+    check::device(op, "y", *y, "x", x);
+  }
+  call.y = y ? *y : empty_like_device(x, with_last(x, cols));
   call.first = {type, cols, call.x.const_data_ptr(), call.x.stride(0), nullptr, nullptr, 0, 0};
   call.second = {type, call.inner, nullptr, call.inner, nullptr, nullptr, 0, 0};
   point_to_w(call.first, call.w13);

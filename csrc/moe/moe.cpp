@@ -52,13 +52,14 @@ struct Groups {
   std::vector<Group> list;
   std::optional<Buffer<char>> x_panels, h_panels;
 
+  // usual: of each group, how many rows the choice is made for, if not for those that there are.
   Groups(const Cpu& kernels, Type type, const int64_t* ends, int64_t experts, std::optional<Gemm> gemm, int64_t rows,
-         int64_t cols, int64_t inner = 0) {
+         int64_t cols, int64_t inner = 0, const int64_t* usual = nullptr) {
     int64_t x_bytes = 0, h_bytes = 0;
     for (int64_t e = 0, begin = 0; e < experts; begin = ends[e++])
       if (const int64_t count = ends[e] - begin; count > 0) {
         Group group{e, begin, ends[e]};
-        if (kernels.pack) group.gemm = gemm ? *gemm : choose(kernels, type, count, rows, cols);
+        if (kernels.pack) group.gemm = gemm ? *gemm : choose(kernels, type, usual ? usual[e] : count, rows, cols);
         list.push_back(group);
         if (group.gemm == Gemm::grouped) continue;
         x_bytes += kernels.panel_bytes(type, count, cols);
@@ -202,9 +203,22 @@ Tensor combine(const Tensor& y, const Tensor& inverse, const Tensor& weights) {
   return call.out;
 }
 
+// Numbers the tokens of sorted rows in the order of their first ones, to `number`; the tokens come back.
+std::vector<int64_t> number_tokens(const int64_t* token, int64_t rows, int64_t tokens, int64_t* number) {
+  std::vector<int64_t> numbers(tokens, -1), found;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t& n = numbers[token[i]];
+    if (n < 0) {
+      n = static_cast<int64_t>(found.size());
+      found.push_back(token[i]);
+    }
+    number[i] = n;
+  }
+  return found;
+}
+
 // Tokens [t0, t1) of a call.
-void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1) {
-  constexpr const char* op = "moe_mlp";
+void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1, const int64_t* usual) {
   const Cpu& kernels = cpu();
   const int64_t k = call.pairs, pairs = (t1 - t0) * k, esize = type_size(call.first.type);
   const Buffer<int64_t> perm(pairs), token(pairs), ends(call.experts);
@@ -215,7 +229,7 @@ void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1
     int64_t operator[](int64_t i) const { return all[first + i]; }
   } const chunk{ids, t0 * k};
   const int64_t bad = sort_pairs(chunk, pairs, call.experts, perm.get(), nullptr, ends.get());
-  EFFK_CHECK(bad < 0, op, "ids holds ", chunk[bad], "; wanted -1 to ", call.experts - 1);
+  EFFK_CHECK(bad < 0, call.op, "ids holds ", chunk[bad], "; wanted -1 to ", call.experts - 1);
   const int64_t kept = call.experts ? ends.get()[call.experts - 1] : 0;
   const auto* weights = static_cast<const float*>(call.weights.const_data_ptr()) + t0 * k;
   for (int64_t i = 0; i < kept; ++i) {
@@ -227,7 +241,7 @@ void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1
   up.in.x = static_cast<const char*>(up.in.x) + t0 * up.in.x_stride * esize;
   up.in.source = token.get();
   const Groups groups(kernels, up.in.type, ends.get(), call.experts, call.gemm,
-                      call.inner * (is_gated(call.activation) ? 3 : 2), up.in.cols, call.inner);
+                      call.inner * (is_gated(call.activation) ? 3 : 2), up.in.cols, call.inner, usual);
   for_groups(kernels, groups, up.in, call.inner, 48, 96,
              [&](const Part& part) { kernels.up(up, *part.group, part.unit0, part.unit1, part.row0, part.row1); });
   Down down{call.second,
@@ -237,8 +251,16 @@ void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1
             token.get(),
             weight.get(),
             t1 - t0,
-            static_cast<char*>(call.y.mutable_data_ptr()) + t0 * call.rows * esize};
+            static_cast<char*>(call.y.mutable_data_ptr()) + t0 * call.rows * (call.adds ? type_size(Type::f32) : esize),
+            nullptr};
   down.in.x = h.get();
+  std::vector<int64_t> place;
+  if (call.adds) {  // to the tokens that have something to add
+    place = number_tokens(token.get(), kept, t1 - t0, token.get());
+    down.tokens = static_cast<int64_t>(place.size());
+    down.place = place.data();
+    if (place.empty()) return;
+  }
   // Parts of rows for every thread, several of them, but wide ones: each reads all of h.
   const int64_t share = call.rows / (8 * std::max<int64_t>(1, torch::stable::get_num_threads()));
   const int64_t step = std::clamp<int64_t>(share / 32 * 32, 32, 128);
@@ -248,15 +270,33 @@ void mlp_tokens(const MlpCall& call, const Integers& ids, int64_t t0, int64_t t1
             });
 }
 
-Tensor mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights, const Tensor& ids,
-           std::string activation, std::string gemm) {
-  const MlpCall call = check_mlp(x, w13, w2, weights, ids, activation, gemm);
-  const Integers given(ids);
+Tensor run_mlp(const MlpCall& call) {
+  const Integers given(call.ids);
   // So many tokens at a time that what is between the two products stays in the last cache.
   constexpr int64_t kPairs = 8192;
   const int64_t step = std::max<int64_t>(1, kPairs / std::max<int64_t>(1, call.pairs));
-  for (int64_t t = 0; t < call.tokens; t += step) mlp_tokens(call, given, t, std::min(call.tokens, t + step));
+  // An expert's rows are multiplied in the same way in all parts, so that their order doesn't matter.
+  std::vector<int64_t> usual;
+  if (call.tokens > step) {
+    const int64_t parts = (call.tokens + step - 1) / step;
+    usual.resize(call.experts);
+    for (int64_t i = 0; i < given.size(); ++i)
+      if (given[i] >= 0 && given[i] < call.experts) ++usual[given[i]];
+    for (int64_t& rows : usual) rows = (rows + parts - 1) / parts;
+  }
+  for (int64_t t = 0; t < call.tokens; t += step)
+    mlp_tokens(call, given, t, std::min(call.tokens, t + step), usual.empty() ? nullptr : usual.data());
   return call.y;
+}
+
+Tensor mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights, const Tensor& ids,
+           std::string activation, std::string gemm) {
+  return run_mlp(check_mlp(std::nullopt, x, w13, w2, weights, ids, activation, gemm));
+}
+
+void mlp_(const Tensor& y, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights,
+          const Tensor& ids, std::string activation, std::string gemm) {
+  run_mlp(check_mlp(y, x, w13, w2, weights, ids, activation, gemm));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effk, m) {
@@ -272,6 +312,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effk, m) {
   m.def(
       "moe_mlp(Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, *, str activation='swiglu', str "
       "gemm='auto') -> Tensor");
+  m.def(
+      "moe_mlp_(Tensor(a!) y, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, *, str "
+      "activation='swiglu', str gemm='auto') -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {
@@ -281,6 +324,7 @@ STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {
   m.impl("moe_grouped_wgrad", TORCH_BOX(&grouped_wgrad));
   m.impl("moe_combine", TORCH_BOX(&combine));
   m.impl("moe_mlp", TORCH_BOX(&mlp));
+  m.impl("moe_mlp_", TORCH_BOX(&mlp_));
 }
 
 }  // namespace

@@ -77,11 +77,8 @@ Tensor combine(const Tensor& y, const Tensor& inverse, const Tensor& weights) {
   return call.out;
 }
 
-Tensor mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights, const Tensor& ids,
-           std::string activation, std::string gemm) {
-  constexpr const char* op = "moe_mlp";
-  const cuda::DeviceGuard guard(x.get_device_index());
-  const MlpCall call = check_mlp(x, w13, w2, weights, ids, activation, gemm);
+// Inside the guard of x's device.
+Tensor run_mlp(const MlpCall& call) {
   const MlpArgs p{call.first,
                   call.second,
                   call.activation,
@@ -90,13 +87,26 @@ Tensor mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& w
                   call.experts,
                   call.inner,
                   call.rows,
-                  {call.ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long},
+                  {call.ids.const_data_ptr(), call.ids.scalar_type() == ScalarType::Long},
                   static_cast<const float*>(call.weights.const_data_ptr()),
-                  call.y.mutable_data_ptr()};
-  const Tensor memory = cuda::workspace(x, mlp_workspace(p));
-  cuda::check(op, launch_mlp(p, call.gemm ? &*call.gemm : nullptr, memory.mutable_data_ptr(), cuda::num_sms(op, x),
-                             cuda::current_stream(x)));
+                  call.y.mutable_data_ptr(),
+                  call.adds};
+  const Tensor memory = cuda::workspace(call.x, mlp_workspace(p));
+  cuda::check(call.op, launch_mlp(p, call.gemm ? &*call.gemm : nullptr, memory.mutable_data_ptr(),
+                                  cuda::num_sms(call.op, call.x), cuda::current_stream(call.x)));
   return call.y;
+}
+
+Tensor mlp(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights, const Tensor& ids,
+           std::string activation, std::string gemm) {
+  const cuda::DeviceGuard guard(x.get_device_index());
+  return run_mlp(check_mlp(std::nullopt, x, w13, w2, weights, ids, activation, gemm));
+}
+
+void mlp_(const Tensor& y, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights,
+          const Tensor& ids, std::string activation, std::string gemm) {
+  const cuda::DeviceGuard guard(x.get_device_index());
+  run_mlp(check_mlp(y, x, w13, w2, weights, ids, activation, gemm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
@@ -106,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
   m.impl("moe_grouped_wgrad", TORCH_BOX(&grouped_wgrad));
   m.impl("moe_combine", TORCH_BOX(&combine));
   m.impl("moe_mlp", TORCH_BOX(&mlp));
+  m.impl("moe_mlp_", TORCH_BOX(&mlp_));
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct CombineArgs {
   // Places from the last of these on have no row either.
   Indices ends;  // [experts] or none
   int64_t experts;
+  bool adds;  // to out
 };
 
 // Neighbouring values, those before the `valid`-th.
@@ -45,7 +46,9 @@ combine_kernel(EFFK_GRID_CONSTANT(CombineArgs) p) {
   for (int64_t item = blockIdx.x; item < a.tokens * slices; item += gridDim.x) {
     const int64_t token = item / slices, col = (item % slices * kCombineThreads + threadIdx.x) * kThreadCols;
     if (col >= a.cols) continue;
+    Out* const out = static_cast<Out*>(a.out) + token * a.cols + col;
     float sums[kThreadCols] = {};
+    if (p.adds) load_columns(out, a.cols - col, sums);
 #pragma unroll 2
     for (int64_t j = 0; j < a.k; ++j) {
       const int64_t row = index_at(p.inverse, token * a.k + j);
@@ -56,7 +59,7 @@ combine_kernel(EFFK_GRID_CONSTANT(CombineArgs) p) {
 #pragma unroll
       for (int i = 0; i < kThreadCols; ++i) sums[i] = fmaf(weight, v[i], sums[i]);
     }
-    store_values(static_cast<Out*>(a.out) + token * a.cols + col, sums, a.cols - col);
+    store_values(out, sums, a.cols - col);
   }
 }
 

@@ -15,6 +15,7 @@ struct MlpArgs {
   Indices ids;                                  // [tokens, pairs]
   const float* weights;                         // likewise
   void* y;                                      // [tokens, rows]
+  bool adds;                                    // to y, which is float32 then
 };
 
 struct MlpMemory {
@@ -84,11 +85,12 @@ inline gpu::Error launch_mlp(const MlpArgs& p, const Gemm* gemm, void* workspace
   if (gpu::Error e = launch_product<DownKind>(down, choose_tiling(down, gemm, num_sms), num_sms, stream)) return e;
 
   CombineArgs sum{};
-  sum.a = {p.first.type, p.tokens, p.pairs, p.rows, m.weighted, p.rows, nullptr, nullptr, p.y};
+  sum.a = {p.adds ? Type::f32 : p.first.type, p.tokens, p.pairs, p.rows, m.weighted, p.rows, nullptr, nullptr, p.y};
   sum.inverse = {m.inverse, true};
   sum.rows = pairs;
   sum.ends = offsets;
   sum.experts = p.experts;
+  sum.adds = p.adds;
   return launch_combine_floats(sum, stream);
 }
 

@@ -54,7 +54,8 @@ struct Up {
   void* h;  // [sorted rows, inner]
 };
 
-// y[t] = the sum of weight[i] * w h[i] over the sorted rows i of token t, rounded once.
+// y[t] = the sum of weight[i] * w h[i] over the sorted rows i of token t, rounded once. With places, y[place[t]] +=
+// that sum, a term after the other, in float32.
 struct Down {
   Operands in;  // its x is h
   int64_t rows;
@@ -63,7 +64,8 @@ struct Down {
   const int64_t* token;  // of each sorted row
   const float* weight;   // likewise
   int64_t tokens;
-  void* y;  // [tokens, rows]
+  void* y;               // [tokens, rows]
+  const int64_t* place;  // [tokens] or null
 };
 
 // dw[e] = the sum of grad[i] x[i]^T over the sorted rows i of expert e.

@@ -43,7 +43,9 @@ void down(const Down& p, int64_t row0, int64_t row1) {
   with_float(p.in.type, [&]<class T>(T*) {
     const int64_t rows = row1 - row0;
     const Buffer<float> sums(p.tokens * rows);
-    for (int64_t i = 0; i < p.tokens * rows; ++i) sums.get()[i] = 0;
+    const auto added = [&](int64_t t) { return static_cast<float*>(p.y) + p.place[t] * p.rows + row0; };
+    for (int64_t t = 0; t < p.tokens; ++t)
+      for (int64_t n = 0; n < rows; ++n) sums.get()[t * rows + n] = p.place ? added(t)[n] : 0;
     for (int64_t g = 0; g < p.num_groups; ++g)
       for (int64_t i = p.groups[g].begin; i < p.groups[g].end; ++i)
         for (int64_t n = 0; n < rows; ++n)
@@ -51,7 +53,10 @@ void down(const Down& p, int64_t row0, int64_t row1) {
               p.weight[i] * product(row_of_x<T>(p.in, i), row_of_w<T>(p.in, p.groups[g].expert, row0 + n), p.in.cols);
     for (int64_t t = 0; t < p.tokens; ++t)
       for (int64_t n = 0; n < rows; ++n)
-        from_float(sums.get()[t * rows + n], static_cast<T*>(p.y) + t * p.rows + row0 + n);
+        if (const float sum = sums.get()[t * rows + n]; p.place)
+          added(t)[n] = sum;
+        else
+          from_float(sum, static_cast<T*>(p.y) + t * p.rows + row0 + n);
   });
 }
 

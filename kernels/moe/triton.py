@@ -429,11 +429,12 @@ def combine(
     cols: tl.int64,
     pairs: tl.int64,
     has_kept: tl.int32,
+    adds: tl.int32,
     COLS: tl.constexpr,
     PAIRS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Some columns of a token's out = the sum of weight * y over its rows of y, of which *kept may be the number.
+    """Some columns of a token's out = the sum of weight * y over its rows of y, of which *kept may be the number; or +=.
 
     VECTOR: as of `multiply`.
     """
@@ -442,7 +443,8 @@ def combine(
     col = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
     rows = tl.minimum(rows, tl.load(kept, mask=has_kept != 0, other=0x7FFFFFFF))
     cols = multiple(cols, VECTOR)
-    total = tl.zeros((COLS,), tl.float32)
+    to = row_at(out, token, cols, VECTOR) + col
+    total = widen(tl.load(to, mask=(adds != 0) & (col < cols), other=0))
     for begin in range(0, pairs, PAIRS):
         for i in tl.static_range(PAIRS):  # so that the loads of several are under way
             pair = begin + i
@@ -452,8 +454,7 @@ def combine(
             at = row_at(y, tl.where(there, row, 0), y_stride, VECTOR) + col
             term = weight * widen(tl.load(at, mask=there & (col < cols), other=0))
             total = tl.where(there, total + term, total)
-    at = row_at(out, token, cols, VECTOR) + col
-    tl.store(at, narrow(total, out.dtype.element_ty), mask=col < cols)
+    tl.store(to, narrow(total, out.dtype.element_ty), mask=col < cols)
 
 
 # --- Variants --------------------------------------------------------------------------------------------------------
@@ -804,8 +805,10 @@ def moe_grouped_wgrad(grad: Tensor, x: Tensor, offsets: Tensor, gather: Tensor |
     return dw
 
 
-def combined(out: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, kept: Tensor | None) -> None:
-    """Fills out [tokens, cols]; kept [1]: how many rows of y there are."""
+def combined(
+    out: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, kept: Tensor | None, adds: bool = False
+) -> None:
+    """Fills out [tokens, cols], or adds to it; kept [1]: how many rows of y there are."""
     pairs, cols = inverse.shape[-1], y.shape[1]
     variant = COMBINE[y.dtype, out.dtype, in_vectors(y, out)]
     variant.launch(
@@ -820,6 +823,7 @@ def combined(out: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, kept: Ten
         cols=cols,
         pairs=pairs,
         has_kept=int(kept is not None),
+        adds=int(adds),
     )
 
 
@@ -843,10 +847,43 @@ def moe_mlp(
 ) -> Tensor:
     reference.check_mlp(x, w13, w2, weights, ids, activation, gemm)
     out = x.new_empty(x.shape)
+    if not out.numel() or not ids.shape[-1] * w2.shape[0] * w2.shape[2]:
+        return out.zero_()
+    layer(out, x, w13, w2, weights, ids, activation, gemm, adds=False)
+    return out
+
+
+def moe_mlp_(
+    y: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str = "swiglu",
+    gemm: str = "auto",
+) -> None:
+    reference.check_mlp_(y, x, w13, w2, weights, ids, activation, gemm)
+    if y.numel() and ids.shape[-1] * w2.shape[0] * w2.shape[2]:
+        layer(y, x, w13, w2, weights, ids, activation, gemm, adds=True)
+
+
+def layer(
+    out: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    gemm: str,
+    *,
+    adds: bool,
+) -> None:
+    """Fills out, or adds to it; no size is 0."""
     experts, cols, inner = w2.shape
     pairs = ids.shape[-1]
-    if not out.numel() or not pairs * experts * inner:
-        return out.zero_()
     tokens = out.numel() // cols
     x, w13, w2 = as_rows(x, tokens, cols), as_weights(w13), as_weights(w2)
     ids, weights = as_int64(ids).view(tokens, pairs), weights.contiguous().view(tokens, pairs)
@@ -864,5 +901,4 @@ def moe_mlp(
         multiplied(h, x[some], w13, blocks, variant, gather=perm, per_row=pairs, activation=activation)
         rows = x.new_empty((perm.shape[0], cols), dtype=torch.float32)
         multiplied(rows, h, w2, blocks, variant)
-        combined(out.view(tokens, cols)[some], rows, inverse, weights[some], offsets[-1:])
-    return out
+        combined(out.view(tokens, cols)[some], rows, inverse, weights[some], offsets[-1:], adds)

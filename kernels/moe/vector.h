@@ -373,7 +373,11 @@ inline void down(const Down& p, int64_t row0, int64_t row1) {
   with_float(p.in.type, [&]<class T>(T*) {
     const int64_t rows = row1 - row0;
     const Buffer<float> sums(p.tokens * rows);
-    std::memset(sums.get(), 0, p.tokens * rows * sizeof(float));
+    const auto added = [&](int64_t t) { return static_cast<float*>(p.y) + p.place[t] * p.rows + row0; };
+    if (p.place)
+      for (int64_t t = 0; t < p.tokens; ++t) std::memcpy(sums.get() + t * rows, added(t), rows * sizeof(float));
+    else
+      std::memset(sums.get(), 0, p.tokens * rows * sizeof(float));
     for (int64_t g = 0; g < p.num_groups; ++g) {
       const Group& group = p.groups[g];
       const int64_t all = group.end - group.begin, units = group.gemm == Gemm::dense ? tiles(all) : all;
@@ -386,9 +390,12 @@ inline void down(const Down& p, int64_t row0, int64_t row1) {
                       });
     }
     for (int64_t t = 0; t < p.tokens; ++t)
-      for (int64_t n = 0; n < rows; n += kWidth)
-        store_upto(static_cast<T*>(p.y) + t * p.rows + row0 + n, load_upto(sums.get() + t * rows + n, rows - n),
-                   rows - n);
+      if (p.place)
+        std::memcpy(added(t), sums.get() + t * rows, rows * sizeof(float));
+      else
+        for (int64_t n = 0; n < rows; n += kWidth)
+          store_upto(static_cast<T*>(p.y) + t * p.rows + row0 + n, load_upto(sums.get() + t * rows + n, rows - n),
+                     rows - n);
   });
 }
 

@@ -6,6 +6,7 @@ from .ops import moe_combine as combine
 from .ops import moe_grouped_gemm as grouped_gemm
 from .ops import moe_grouped_wgrad as grouped_wgrad
 from .ops import moe_mlp as mlp
+from .ops import moe_mlp_ as mlp_
 from .ops import moe_route as route
 from .ops import moe_sort as sort
 from .selector import calibrate
@@ -20,6 +21,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_wgrad",
     "mlp",
+    "mlp_",
     "replace_experts_",
     "route",
     "sort",

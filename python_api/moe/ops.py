@@ -72,6 +72,20 @@ def _fake_mlp(
     return x.new_empty(x.shape)
 
 
+def _fake_mlp_(
+    y: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str = "swiglu",
+    gemm: str = "auto",
+) -> None:
+    reference.check_mlp_(y, x, w13, w2, weights, ids, activation, gemm)
+
+
 # --- Gradients -------------------------------------------------------------------------------------------------------
 # All are made of the ops themselves, so none waits for the device, and rows or experts that take no part stay out of
 # them, whatever they hold.
@@ -416,3 +430,33 @@ def moe_mlp(
         RuntimeError: wrong dtypes, shapes or names; on a CPU also ids out of range. On a GPU such ids count as -1.
     """
     return torch.ops.effk.moe_mlp(x, w13, w2, weights, ids, activation=activation, gemm=gemm)
+
+
+@op(reference=reference.moe_mlp_, fake=_fake_mlp_, triton=f"{TRITON}:moe_mlp_")
+def moe_mlp_(
+    y: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str = "swiglu",
+    gemm: str = "auto",
+) -> None:
+    """Adds what `moe_mlp` computes to y, in float32 and term by term: for experts that come a few at a time.
+
+    Given the experts in ascending parts, and each token's ids ascending, y has the same bits after the last part
+    whatever the parts were: a CPU adds a token's terms by ascending expert, a GPU by ascending j. Not differentiable.
+
+    Args:
+        y: [..., K] float32, contiguous; what it holds is the start of each sum. Tokens without experts aren't touched.
+        x, w13, w2, weights, ids, activation, gemm: as of `moe_mlp`.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        RuntimeError: as `moe_mlp`; y isn't what is wanted. After ids out of range y holds some of the sums.
+    """
+    torch.ops.effk.moe_mlp_(y, x, w13, w2, weights, ids, activation=activation, gemm=gemm)

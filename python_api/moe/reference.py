@@ -141,6 +141,15 @@ def check_mlp(
     check_weights(op, weights, ids)
 
 
+def check_mlp_(
+    y: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, activation: str, gemm: str
+) -> None:
+    op = "moe_mlp_"
+    check_mlp(x, w13, w2, weights, ids, activation, gemm, op)
+    check_tensor(op, "y", y, (torch.float32,), tuple(x.shape), x)
+    torch._check(y.is_contiguous(), lambda: f"effk::{op}: y has strides {y.stride()}; wanted it contiguous")
+
+
 # --- Checks of the contents ------------------------------------------------------------------------------------------
 
 
@@ -243,19 +252,41 @@ def moe_mlp(
     gemm: str = "auto",
 ) -> Tensor:
     check_mlp(x, w13, w2, weights, ids, activation, gemm)
-    check_range("moe_mlp", "ids", ids, -1, w2.shape[0] - 1)
+    y = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    add_mlp("moe_mlp", y, x, w13, w2, weights, ids, activation)
+    return y.to(x.dtype)
+
+
+def moe_mlp_(
+    y: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str = "swiglu",
+    gemm: str = "auto",
+) -> None:
+    check_mlp_(y, x, w13, w2, weights, ids, activation, gemm)
+    add_mlp("moe_mlp_", y, x, w13, w2, weights, ids, activation)
+
+
+def add_mlp(
+    op: str, y: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, activation: str
+) -> None:
+    """To y, contiguous float32, by ascending expert."""
+    check_range(op, "ids", ids, -1, w2.shape[0] - 1)
     tokens = math.prod(x.shape[:-1])
-    x2, ids2 = x.reshape(tokens, x.shape[-1]), ids.reshape(tokens, ids.shape[-1])
+    x2, y2, ids2 = x.reshape(tokens, x.shape[-1]), y.view(tokens, x.shape[-1]), ids.reshape(tokens, ids.shape[-1])
     weights2 = weights.reshape(ids2.shape)
-    y = torch.zeros_like(x2, dtype=torch.float32, memory_format=torch.contiguous_format)
     for e in range(w2.shape[0]):
         for j in range(ids2.shape[1]):  # a token may name an expert twice
             token = (ids2[:, j] == e).nonzero()[:, 0]
             if len(token) == 0:
                 continue
             h = activated(x2[token].float() @ w13[e].float().T, activation).to(x.dtype)
-            y[token] += weights2[token, j, None] * (h.float() @ w2[e].float().T)
-    return y.to(x.dtype).reshape(x.shape)
+            y2[token] += weights2[token, j, None] * (h.float() @ w2[e].float().T)
 
 
 def activated(z: Tensor, activation: str) -> Tensor:

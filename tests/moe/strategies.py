@@ -440,6 +440,17 @@ class Mlp:
         options = {name: changed.get(name, getattr(self, name)) for name in ("activation", "gemm")}
         return backend.run("moe_mlp", *args, **options)
 
+    @functools.cached_property
+    def start(self) -> Tensor:
+        """What moe_mlp_ adds to."""
+        return tensors.values((*self.lead, self.cols), torch.float32, "integers", self.seed + 6)
+
+    def add(self, backend: Backend, y: Tensor, **changed: object) -> Tensor:
+        """y, after moe_mlp_."""
+        args = [changed.get(name, getattr(self, name)) for name in ("x", "w13", "w2", "weights", "ids")]
+        options = {name: changed.get(name, getattr(self, name)) for name in ("activation", "gemm")}
+        return backend.run("moe_mlp_", y.clone(), *args, **options)[0]
+
     def hidden(self, rows: Tensor, e: int, unit: float) -> Bounded:
         """What is between the two products, as it is stored: [rows, inner]."""
         products = (matmul(rows, w, unit) for w in self.w13[e].split(max(1, self.inner)))
@@ -483,6 +494,12 @@ class Mlp:
         out.error += roundings(terms + 2, unit) * size
         shape = (*self.lead, self.cols)
         return Bounded(out.value.reshape(shape), out.error.reshape(shape), out.peak.reshape(shape), unit)
+
+    def exact_added(self, unit: float) -> Bounded:
+        """What y holds after moe_mlp_, which rounds the start with each of a token's terms."""
+        sums, start = self.exact(unit), self.start.double()
+        error = sums.error + roundings(self.pairs * max(1, self.inner) + 2, unit) * start.abs()
+        return Bounded(sums.value + start, error, sums.peak + start.abs(), unit)
 
 
 # Strategies ----------------------------------------------------------------------------------------------------------
@@ -809,6 +826,14 @@ def mlp_calls(draw: st.DrawFn) -> Call:
     return Call("moe_mlp", args, {} if case.activation == "swiglu" and draw(st.booleans()) else options)
 
 
+@st.composite
+def adding_mlp_calls(draw: st.DrawFn) -> Call:
+    call = draw(mlp_calls())
+    args = tuple(t.detach() for t in call.args)
+    start = tensors.values(tuple(args[0].shape), torch.float32, "normal", draw(SEEDS))
+    return Call("moe_mlp_", (start, *args), call.kwargs)
+
+
 CALLS = {
     "moe_route": route_calls(),
     "moe_sort": sort_calls(),
@@ -816,6 +841,7 @@ CALLS = {
     "moe_grouped_wgrad": grouped_wgrad_calls(),
     "moe_combine": combine_calls(),
     "moe_mlp": mlp_calls(),
+    "moe_mlp_": adding_mlp_calls(),
 }
 
 
@@ -843,6 +869,7 @@ ARGUMENTS = {
     "moe_grouped_wgrad": ("grad", "x", "offsets", "gather"),
     "moe_combine": ("y", "inverse", "weights"),
     "moe_mlp": ("x", "w13", "w2", "weights", "ids"),
+    "moe_mlp_": ("y", "x", "w13", "w2", "weights", "ids"),
 }
 FAR = 2**30 + 1
 
@@ -859,6 +886,7 @@ def _invalid() -> dict[str, list[Invalid]]:
     combine = Call("moe_combine", (c.y, c.inverse, c.weights))
     m = Mlp(6, 4)
     mlp = Call("moe_mlp", (m.x, m.w13, m.w2, m.weights, m.ids))
+    adding = Call("moe_mlp_", (m.start, *mlp.args))
     assert r.bias is not None and g.bias is not None and g.source is not None
 
     def sorted_by(call: Call, source: Tensor) -> list[Invalid]:
@@ -870,6 +898,45 @@ def _invalid() -> dict[str, list[Invalid]]:
             *_wrong_shapes(call, "offsets", {"scalar": (), "matrix": (1, 3)}),
             *_wrong_dtypes(call, "gather", source),
             *_wrong_shapes(call, "gather", {"scalar": (), "matrix": (1, 7)}),
+        ]
+
+    def of_layer(mlp: Call) -> list[Invalid]:
+        """What both ops of whole layers refuse."""
+        return [
+            *_wrong_dtypes(mlp, "x", m.x, "x|w13|w2|ids|weights"),
+            Invalid("x of another dtype", mlp.with_(x=m.x.half()), "w13|w2"),
+            Invalid("x scalar", mlp.with_(x=torch.zeros(())), "x"),
+            Invalid("x of other columns", mlp.with_(x=torch.zeros(3, 7)), "w13|w2"),
+            Invalid("x of more tokens", mlp.with_(x=torch.zeros(4, 6)), "ids"),
+            Invalid("x of other leading sizes", mlp.with_(x=torch.zeros(1, 3, 6)), "ids"),
+            *_wrong_dtypes(mlp, "w13", m.w13),
+            Invalid("w13 of another dtype", mlp.with_(w13=m.w13.half()), "w13"),
+            *_wrong_shapes(
+                mlp,
+                "w13",
+                {
+                    "matrix": (8, 6),
+                    "four dims": (1, 3, 8, 6),
+                    "without gates": (3, 4, 6),
+                    "of other columns": (3, 8, 5),
+                    "of more experts": (4, 8, 6),
+                },
+            ),
+            Invalid("w13 with gates", mlp.with_(activation="relu2"), "w13"),
+            *_wrong_dtypes(mlp, "w2", m.w2),
+            Invalid("w2 of another dtype", mlp.with_(w2=m.w2.half()), "w2"),
+            *_wrong_shapes(mlp, "w2", {"matrix": (6, 4), "four dims": (1, 3, 6, 4), "of other rows": (3, 5, 4)}),
+            Invalid("w2 too wide", mlp.with_(w2=torch.zeros(0, 6, FAR), w13=torch.zeros(0, 2 * FAR, 6)), "w2|w13"),
+            Invalid("w2 of other columns", mlp.with_(w2=torch.zeros(3, 6, 5)), "w2|w13"),
+            Invalid("w2 of fewer experts", mlp.with_(w2=torch.zeros(2, 6, 4)), "w2|w13"),
+            *_wrong_dtypes(mlp, "weights", m.weights),
+            Invalid("weights half", mlp.with_(weights=m.weights.half()), "weights"),
+            *_wrong_shapes(mlp, "weights", {"short": (3, 1), "of more tokens": (4, 2), "dims": (1, 3, 2)}),
+            *_wrong_dtypes(mlp, "ids", m.ids),
+            Invalid("ids scalar", mlp.with_(ids=torch.tensor(0), weights=torch.tensor(1.0)), "ids"),
+            Invalid("ids of more tokens", mlp.with_(ids=torch.zeros(4, 2, dtype=torch.int64)), "ids"),
+            Invalid("activation unknown", mlp.with_(activation="silu"), "activation"),
+            Invalid("gemm unknown", mlp.with_(gemm="sparse"), "gemm"),
         ]
 
     return {
@@ -934,41 +1001,14 @@ def _invalid() -> dict[str, list[Invalid]]:
             Invalid("weights half", combine.with_(weights=c.weights.half()), "weights"),
             *_wrong_shapes(combine, "weights", {"short": (3, 1), "of more tokens": (4, 2), "dims": (1, 3, 2)}),
         ],
-        "moe_mlp": [
-            *_wrong_dtypes(mlp, "x", m.x, "x|w13|w2|ids|weights"),
-            Invalid("x of another dtype", mlp.with_(x=m.x.half()), "w13|w2"),
-            Invalid("x scalar", mlp.with_(x=torch.zeros(())), "x"),
-            Invalid("x of other columns", mlp.with_(x=torch.zeros(3, 7)), "w13|w2"),
-            Invalid("x of more tokens", mlp.with_(x=torch.zeros(4, 6)), "ids"),
-            Invalid("x of other leading sizes", mlp.with_(x=torch.zeros(1, 3, 6)), "ids"),
-            *_wrong_dtypes(mlp, "w13", m.w13),
-            Invalid("w13 of another dtype", mlp.with_(w13=m.w13.half()), "w13"),
-            *_wrong_shapes(
-                mlp,
-                "w13",
-                {
-                    "matrix": (8, 6),
-                    "four dims": (1, 3, 8, 6),
-                    "without gates": (3, 4, 6),
-                    "of other columns": (3, 8, 5),
-                    "of more experts": (4, 8, 6),
-                },
-            ),
-            Invalid("w13 with gates", mlp.with_(activation="relu2"), "w13"),
-            *_wrong_dtypes(mlp, "w2", m.w2),
-            Invalid("w2 of another dtype", mlp.with_(w2=m.w2.half()), "w2"),
-            *_wrong_shapes(mlp, "w2", {"matrix": (6, 4), "four dims": (1, 3, 6, 4), "of other rows": (3, 5, 4)}),
-            Invalid("w2 too wide", mlp.with_(w2=torch.zeros(0, 6, FAR), w13=torch.zeros(0, 2 * FAR, 6)), "w2|w13"),
-            Invalid("w2 of other columns", mlp.with_(w2=torch.zeros(3, 6, 5)), "w2|w13"),
-            Invalid("w2 of fewer experts", mlp.with_(w2=torch.zeros(2, 6, 4)), "w2|w13"),
-            *_wrong_dtypes(mlp, "weights", m.weights),
-            Invalid("weights half", mlp.with_(weights=m.weights.half()), "weights"),
-            *_wrong_shapes(mlp, "weights", {"short": (3, 1), "of more tokens": (4, 2), "dims": (1, 3, 2)}),
-            *_wrong_dtypes(mlp, "ids", m.ids),
-            Invalid("ids scalar", mlp.with_(ids=torch.tensor(0), weights=torch.tensor(1.0)), "ids"),
-            Invalid("ids of more tokens", mlp.with_(ids=torch.zeros(4, 2, dtype=torch.int64)), "ids"),
-            Invalid("activation unknown", mlp.with_(activation="silu"), "activation"),
-            Invalid("gemm unknown", mlp.with_(gemm="sparse"), "gemm"),
+        "moe_mlp": of_layer(mlp),
+        "moe_mlp_": [
+            *of_layer(adding),
+            *_wrong_dtypes(adding, "y", m.start),
+            Invalid("y of x's dtype", adding.with_(y=m.start.half()), "y"),
+            *_wrong_shapes(adding, "y", {"short": (2, 6), "vector": (18,), "of other columns": (3, 7)}),
+            Invalid("y transposed", adding.with_(y=torch.zeros(6, 3).T), "y"),
+            Invalid("y expanded", adding.with_(y=torch.zeros(1, 6).expand(3, 6)), "y"),
         ],
     }
 

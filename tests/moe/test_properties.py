@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import replace
 
@@ -552,6 +553,38 @@ def test_more_pairs_than_are_sorted_at_a_time(backend: Backend, dtype: torch.dty
         pytest.skip("large")
     case = Mlp(9, 8, 5, (1100,), 16, dtype=dtype)
     case.exact(backend.unit).assert_holds(case.run(backend))
+
+
+@every_backend("moe_mlp_", "moe_mlp", cases=mlps)
+def test_adding_to_nothing_is_the_layer(backend: Backend, case: Mlp) -> None:
+    """To the bit, once it is rounded; -0.0 is 0.0."""
+    y = case.add(backend, torch.zeros_like(case.start))
+    assert same_numbers(y.to(case.dtype), case.run(backend))
+
+
+@every_backend("moe_mlp_", cases=mlps)
+def test_adding_is_within_the_bound(backend: Backend, case: Mlp) -> None:
+    """Each of a token's terms rounds what is there once more. Where there is none, y keeps its bits."""
+    y = case.add(backend, case.start)
+    case.exact_added(backend.unit).assert_holds(y)
+    idle = (case.ids < 0).all(-1)
+    assert same_bits(y[idle], case.start[idle])
+
+
+@every_backend("moe_mlp_", cases=flat_mlps)
+def test_adding_part_by_part(backend: Backend, case: Mlp) -> None:
+    """Of ascending experts, with ids ascending: no bit of the sum depends on where the parts begin."""
+    order = case.ids.long().argsort(dim=-1, stable=True)
+    given = {"ids": case.ids.gather(-1, order), "weights": case.weights.gather(-1, order)}
+    whole = case.add(backend, case.start, **given)
+    ends = sorted({0, case.experts, case.seed % (case.experts + 1), case.seed // 7 % (case.experts + 1)})
+    y = case.start
+    for begin, end in itertools.pairwise(ends):
+        inside = (given["ids"] >= begin) & (given["ids"] < end)
+        ids = torch.where(inside, given["ids"] - begin, -1)
+        weights = {"w13": case.w13[begin:end], "w2": case.w2[begin:end]}
+        y = case.add(backend, y, ids=ids, weights=given["weights"], **weights)
+    agree(backend, case.exact_added(backend.unit), y, whole)  # GPUs choose tiles by the number of experts
 
 
 @every_backend("moe_mlp", cases=mlps)

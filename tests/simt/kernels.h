@@ -69,7 +69,7 @@ const char* moe_grouped_wgrad(int type, MoeMatrix grad, MoeMatrix x, Indices off
 const char* moe_combine(int type, MoeMatrix y, int64_t tokens, int64_t k, Indices inverse, Address weights,
                         Address out);
 const char* moe_mlp(int type, MoeMatrix x, MoeWeights w13, MoeWeights w2, int64_t k, Indices ids, Address weights,
-                    int activation, int gemm, Address y, int num_sms);
+                    int activation, int gemm, Address y, bool adds, int num_sms);
 
 // Sizes in the order of vq.h's structs; codes: a vq::Codes.
 const char* vq_encode(int type, std::vector<int64_t> sizes, Address keys, std::vector<int64_t> strides,

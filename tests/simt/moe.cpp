@@ -88,7 +88,7 @@ gpu::Error moe_combine(int type, MoeMatrix y, int64_t tokens, int64_t k, Indices
 }
 
 gpu::Error moe_mlp(int type, MoeMatrix x, MoeWeights w13, MoeWeights w2, int64_t k, Indices ids, Address weights,
-                   int activation, int gemm, Address y, int num_sms) {
+                   int activation, int gemm, Address y, bool adds, int num_sms) {
   const auto& [tokens, cols, x_data, x_stride] = x;
   const auto& [experts, rows13, data13, expert13, stride13] = w13;
   const auto& [experts2, rows2, data2, expert2, stride2] = w2;
@@ -111,6 +111,7 @@ gpu::Error moe_mlp(int type, MoeMatrix x, MoeWeights w13, MoeWeights w2, int64_t
   p.ids = indices(ids);
   p.weights = pointer<const float>(weights);
   p.y = pointer(y);
+  p.adds = adds;
   const Memory workspace("workspace", nullptr, mlp_workspace(p), Memory::Kind::output);
   const auto given = static_cast<moe::Gemm>(gemm);
   return launch_mlp(p, gemm < 0 ? nullptr : &given, workspace.data(), num_sms, 0);

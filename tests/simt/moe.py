@@ -159,6 +159,36 @@ def moe_mlp(
 ) -> Tensor:
     reference.check_mlp(x, w13, w2, weights, ids, activation, gemm)
     y = x.new_empty(x.shape)
+    _mlp(y, False, x, w13, w2, weights, ids, activation, gemm)
+    return y
+
+
+def moe_mlp_(
+    y: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str = "swiglu",
+    gemm: str = "auto",
+) -> None:
+    reference.check_mlp_(y, x, w13, w2, weights, ids, activation, gemm)
+    _mlp(y, True, x, w13, w2, weights, ids, activation, gemm)
+
+
+def _mlp(
+    y: Tensor,
+    adds: bool,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+    gemm: str,
+) -> None:
     with Device() as device:
         module().moe_mlp(
             number_of_type(x),
@@ -170,10 +200,10 @@ def moe_mlp(
             device.input("weights", weights.contiguous()),
             list(reference.ACTIVATIONS).index(activation),
             _gemm(gemm),
-            device.output("y", y),
+            device.inout("y", y) if adds else device.output("y", y),
+            adds,
             _num_sms(x, w13),
         )
-    return y
 
 
 OPS = {
@@ -183,4 +213,5 @@ OPS = {
     "moe_grouped_wgrad": moe_grouped_wgrad,
     "moe_combine": moe_combine,
     "moe_mlp": moe_mlp,
+    "moe_mlp_": moe_mlp_,
 }
