@@ -8,6 +8,7 @@ roundings come to.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ from typing import Any
 
 import effk  # noqa: F401
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .harness.check import difference, rounding
 from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work
+from .harness.ranks import ranks
 
 SEED = 0
+FULL = {"experts": 64, "K": 2048, "I": 768, "k": 8}
+FULL_GEMM = {"experts": 64, "K": 2048, "N": 1536}
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 LAYER_SUMS = 1e-5  # what float32 sums may lose of a layer's norm, many times over
 PEER_ROUNDINGS = 8  # of a peer that rounds products, gates and sums to its type on the way
@@ -258,23 +263,29 @@ class Layer:
     ids: Tensor
 
 
-def make_mlp(problem: Problem, device: torch.device) -> Work:
-    """Of moe_mlp, or of moe_mlp_, which adds to y: to nothing here, so that both are checked alike."""
-    size, random = problem.size, generator(device)
-    dtype, tokens, k, experts = DTYPES[size["dtype"]], size["tokens"], size["k"], size["experts"]
+def layer_of(size: Mapping[str, Any], device: torch.device) -> Layer:
+    random = generator(device)
+    dtype, tokens, experts = DTYPES[size["dtype"]], size["tokens"], size["experts"]
     cols, inner = size["K"], size["I"]
 
     def normal(scale: float, *shape: int) -> Tensor:
         out = torch.empty(shape, dtype=dtype, device=device)
         return out.normal_(generator=random).mul_(scale)
 
-    of = Layer(
+    return Layer(
         normal(1.0, tokens, cols),
         normal(cols**-0.5, experts, 2 * inner, cols),
         normal(inner**-0.5, experts, cols, inner),
-        torch.rand(tokens, k, generator=random, device=device),
-        torch.rand(tokens, experts, generator=random, device=device).topk(k).indices,
+        torch.rand(tokens, size["k"], generator=random, device=device),
+        torch.rand(tokens, experts, generator=random, device=device).topk(size["k"]).indices,
     )
+
+
+def make_mlp(problem: Problem, device: torch.device) -> Work:
+    """Of moe_mlp, or of moe_mlp_, which adds to y: to nothing here, so that both are checked alike."""
+    size = problem.size
+    of = layer_of(size, device)
+    dtype, (tokens, cols), k, inner = of.x.dtype, of.x.shape, size["k"], size["I"]
     # In float32, which is exact enough beside what h's rounding may do; float64 has no dtype to round to beside it.
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     expected = torch.zeros(tokens, cols, dtype=wide, device=device)
@@ -397,10 +408,128 @@ MLP_PEERS: Mapping[str, Sequence[Peer]] = {
     "cuda": (GROUPED_MM, EAGER, *CHOICES),
 }
 
-# --- The list ---------------------------------------------------------------------------------------------------------
+# --- Layers over ranks ------------------------------------------------------------------------------------------------
 
-FULL = {"experts": 64, "K": 2048, "I": 768, "k": 8}
-FULL_GEMM = {"experts": 64, "K": 2048, "N": 1536}
+RANKS = 2
+STAGES = (1, 2, 4, 8)
+
+
+def share_of(size: Mapping[str, Any], rank: int) -> Layer:
+    """A rank's tokens, as many and alike on all, and its experts; they have the numbers of the whole layer's."""
+    whole = layer_of(size, torch.device("cpu"))
+    own = slice(rank * size["experts"] // RANKS, (rank + 1) * size["experts"] // RANKS)
+    return Layer(whole.x, whole.w13[own].clone(), whole.w2[own].clone(), whole.weights, whole.ids)
+
+
+@functools.lru_cache(maxsize=1)
+def share(rank: int, **size: Any) -> Layer:
+    return share_of(size, rank)
+
+
+def staged(group: str, rank: int, size: Mapping[str, Any], stages: int, gradients: bool = False) -> Call:
+    of = share(rank, **size)
+    given = (of.x, of.w13, of.w2, of.weights, of.ids, group)
+    if gradients:
+        return lambda: torch.ops.effk.moe_mlp_ep_backward(of.x, *given, stages=stages)
+    return lambda: torch.ops.effk.moe_mlp_ep(*given, stages=stages)
+
+
+def pair_by_pair(group: str, rank: int, size: Mapping[str, Any]) -> Call:
+    """What libraries do without kernels of their own: each pair's row there and back, one after the other."""
+    of = share(rank, **size)
+    k, experts = of.ids.shape[1], len(of.w13)
+    w13, w2 = of.w13.transpose(1, 2), of.w2.transpose(1, 2)
+
+    def exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        out = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent))
+        return out
+
+    def call() -> Tensor:
+        flat = of.ids.flatten()
+        perm = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=RANKS * experts)
+        others = torch.empty_like(counts)
+        dist.all_to_all_single(others, counts)
+        sent, received = (c.view(RANKS, experts).sum(1).tolist() for c in (counts, others))
+        rows = exchange(of.x[perm // k], sent, received)
+        expert = torch.arange(experts).repeat(RANKS).repeat_interleave(others)
+        order = expert.argsort(stable=True)
+        offsets = torch.bincount(expert, minlength=experts).cumsum(0).int()
+        gate, up = F.grouped_mm(rows[order], w13, offs=offsets).chunk(2, -1)
+        y = torch.empty_like(rows)
+        y[order] = F.grouped_mm(F.silu(gate) * up, w2, offs=offsets)
+        back = exchange(y, received, sent) * of.weights.flatten()[perm, None].to(of.x.dtype)
+        return torch.zeros_like(of.x).index_add_(0, perm // k, back)
+
+    return call
+
+
+def gradients_of(of: Layer) -> tuple[Tensor, ...]:
+    """Of x and weights, by the layer of one process, whose own are tested against formulas."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x, weights = of.x.clone().requires_grad_(), of.weights.clone().requires_grad_()
+        y = torch.ops.effk.moe_mlp(x, of.w13.clone(), of.w2.clone(), weights, of.ids.clone())
+        return torch.autograd.grad(y, (x, weights), of.x.clone())
+
+
+def make_ep(problem: Problem, device: torch.device) -> Work:
+    """Checked as the layer of one process is: a rank's tokens don't depend on the other ranks'."""
+    size = {k: v for k, v in problem.size.items() if k not in ("ranks", "caches")}
+    alone = make_mlp(Problem("moe_mlp", size, make_mlp, {}, {}), device)
+    ranks(RANKS).forget()
+    gradients = problem.op == "moe_mlp_ep_backward"
+    of: Layer = alone.inputs
+    elements = 2 * of.x.numel() + (len(of.w13) // RANKS) * 3 * size["K"] * size["I"]
+    wanted = gradients_of(of) if gradients else ()
+
+    def check(result: Any, own: bool) -> str:
+        if not gradients:
+            return alone.check(result, False)  # a rank's sums are rounded before they are added up
+        for name, got, one in zip(("x", "weights"), (result[0], result[3]), wanted, strict=True):
+            far = float((got.double() - one.double()).norm() / one.double().norm())
+            if not far <= 4 * rounding(of.x.dtype):
+                return f"gradient of {name} off by {far:.1e} of its norm"
+        return ""
+
+    return Work(
+        inputs=size,
+        arguments=lambda size: ((), {}),
+        check=check,
+        bytes=elements * of.x.element_size(),
+        flops=alone.flops * (3 if gradients else 1),
+        dtype=alone.dtype,
+        graph=False,
+        steps=lambda op, size: ranks(RANKS).call(staged, size, 0, gradients),
+    )
+
+
+def of_stages(stages: int) -> Peer:
+    return Peer(
+        f"{stages}-stages",
+        lambda size: ranks(RANKS).call(staged, size, stages),
+        f"this op with stages={stages}; one thread a rank, as all here",
+        own_threads=False,
+    )
+
+
+EP_PEERS = (
+    *(of_stages(n) for n in STAGES),
+    Peer(
+        "pair-by-pair",
+        lambda size: ranks(RANKS).call(pair_by_pair, size),
+        "all_to_all_single of each pair's row, F.grouped_mm twice, and back",
+    ),
+)
+
+
+def over_ranks(tokens: int, op: str = "moe_mlp_ep", quick: bool = False, **size: int) -> Problem:
+    size = {**FULL, **size, "dtype": "bf16", "tokens": tokens, "ranks": RANKS, "caches": "warm"}
+    peers: dict[str, Sequence[Peer]] = {"cpu": EP_PEERS if op == "moe_mlp_ep" else (), "cuda": ()}
+    return Problem(op, size, make_ep, peers, {"cpu": (), "cuda": ()}, quick)
+
+
+# --- The list ---------------------------------------------------------------------------------------------------------
 
 
 def on_all_devices(
@@ -456,11 +585,14 @@ PROBLEMS = [
     *(gemm(rows, "uniform", experts=1) for rows in (16, 256, 4096)),
     gemm(256, "uniform", "f32"),
     *others(256, 64, 8, 2048),
+    *(over_ranks(tokens) for tokens in (1, 8, 64, 512, 2048)),
+    over_ranks(512, "moe_mlp_ep_backward"),
     # For a look, not for a claim.
     *(layer(tokens, quick=True, experts=8, K=512, I=256, k=2) for tokens in (1, 64)),
     adding(64, quick=True, experts=8, K=512, I=256, k=2),
     *(gemm(64, skew, quick=True, experts=8, K=512, N=512) for skew in ("uniform", "halves")),
     *others(64, 8, 2, 512, quick=True),
+    *(over_ranks(64, op, True, experts=8, K=512, I=256, k=2) for op in ("moe_mlp_ep", "moe_mlp_ep_backward")),
 ]
 
 BF16 = {**FULL, "dtype": "bf16"}
@@ -473,4 +605,5 @@ GOALS = [
     *(Goal("moe_mlp", "cpu", f"effk-{gemm}", 0.97, BF16) for gemm in ("grouped", "dense")),
     Goal("moe_grouped_gemm", "cpu", "grouped_mm", 1.0, {"N": 1536}),
     Goal("moe_mlp", "cuda", "grouped_mm", 1.3, {**BF16}),
+    Goal("moe_mlp_ep", "cpu", "1-stages", 0.97, BF16),
 ]

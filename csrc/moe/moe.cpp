@@ -315,6 +315,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effk, m) {
   m.def(
       "moe_mlp_(Tensor(a!) y, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, *, str "
       "activation='swiglu', str gemm='auto') -> ()");
+  m.def(
+      "moe_mlp_ep(Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, str group, *, str activation='swiglu', "
+      "int stages=0, str gemm='auto') -> Tensor");
+  m.def(
+      "moe_mlp_ep_backward(Tensor grad, Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor ids, str group, *, str "
+      "activation='swiglu', int stages=0) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {

@@ -434,7 +434,9 @@ def combine(
     PAIRS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Some columns of a token's out = the sum of weight * y over its rows of y, of which *kept may be the number; or +=.
+    """Some columns of a token's out = the sum of weight * y over its rows of y, of which *kept may be the number.
+
+    adds: += instead.
 
     VECTOR: as of `multiply`.
     """

@@ -1,5 +1,6 @@
-"""moe: routing and the GEMMs of many experts, grouped or dense (EPS-MoE, arXiv:2410.12247)."""
+"""moe: routing and the GEMMs of many experts, grouped or dense, on one device or many (EPS-MoE, arXiv:2410.12247)."""
 
+from . import overlap
 from .experts import replace_experts_
 from .modules import MoEMLP
 from .ops import moe_combine as combine
@@ -7,6 +8,8 @@ from .ops import moe_grouped_gemm as grouped_gemm
 from .ops import moe_grouped_wgrad as grouped_wgrad
 from .ops import moe_mlp as mlp
 from .ops import moe_mlp_ as mlp_
+from .ops import moe_mlp_ep as mlp_ep
+from .ops import moe_mlp_ep_backward as mlp_ep_backward
 from .ops import moe_route as route
 from .ops import moe_sort as sort
 from .selector import calibrate
@@ -22,6 +25,9 @@ __all__ = [
     "grouped_wgrad",
     "mlp",
     "mlp_",
+    "mlp_ep",
+    "mlp_ep_backward",
+    "overlap",
     "replace_experts_",
     "route",
     "sort",

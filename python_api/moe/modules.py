@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Self = TypeVar("Self", bound="MoEMLP")
 
@@ -22,6 +25,10 @@ class MoEMLP(nn.Module):
     With `balance`, the buffer `expert_bias` is added to the scores for the choice alone, and `update_bias_` moves it
     towards equal loads: balancing without a loss (Wang et al., 2024, arXiv:2408.15664). It stays float32 whatever
     dtype the module is cast to.
+
+    With `group`, the experts are shared out over its ranks and computed by `effk.moe.mlp_ep`: each rank holds its own,
+    every rank has the router, and all have to call the layer together, each with tokens of its own. A rank's
+    state_dict has its experts.
 
     Weights and x share a dtype: float32, float16 or bfloat16. Under autocast x is cast to that of the weights, and y
     to that of x.
@@ -38,17 +45,20 @@ class MoEMLP(nn.Module):
         renormalize: whether a token's weights are made to add up to 1.
         scale: what they are multiplied by then (DeepSeek's routed scaling factor).
         balance: whether there is an `expert_bias`.
+        group: a process group of torch.distributed; experts are this process' own without.
+        stages: with a group, as of `effk.moe.mlp_ep`.
         device, dtype: of the weights.
 
     Attributes:
-        w13: [num_experts, 2 intermediate_size, hidden_size], rows of the gates and then those they multiply;
-            [num_experts, intermediate_size, hidden_size] for "relu2".
-        w2: [num_experts, hidden_size, intermediate_size].
+        w13: [experts, 2 intermediate_size, hidden_size], rows of the gates and then those they multiply;
+            [experts, intermediate_size, hidden_size] for "relu2". experts: num_experts, or the rank's share of them.
+        w2: [experts, hidden_size, intermediate_size].
         router: the linear layer or None.
         expert_bias: [num_experts] float32 or None.
 
     Raises:
-        ValueError: an unknown activation, gemm or score; k isn't from 1 to num_experts; `balance` without a router.
+        ValueError: an unknown activation, gemm or score; k isn't from 1 to num_experts; `balance` without a router;
+            num_experts isn't a multiple of the group's ranks.
     """
 
     expert_bias: Tensor | None
@@ -67,6 +77,8 @@ class MoEMLP(nn.Module):
         renormalize: bool = True,
         scale: float = 1.0,
         balance: bool = False,
+        group: ProcessGroup | None = None,
+        stages: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -81,9 +93,14 @@ class MoEMLP(nn.Module):
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
         self.k, self.activation, self.gemm = k, activation, gemm
         self.score, self.renormalize, self.scale = score, renormalize, scale
+        self.group, self.stages = None if group is None else group.group_name, stages
+        self.rank, self.ranks = (0, 1) if group is None else (group.rank(), group.size())
+        if num_experts % self.ranks:
+            raise ValueError(f"num_experts is {num_experts}; wanted a multiple of the group's {self.ranks} ranks")
+        experts = num_experts // self.ranks
         rows = intermediate_size * (1 if reference.ACTIVATIONS[activation] is None else 2)
-        self.w13 = nn.Parameter(torch.empty(num_experts, rows, hidden_size, device=device, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype))
+        self.w13 = nn.Parameter(torch.empty(experts, rows, hidden_size, device=device, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size, device=device, dtype=dtype))
         self.router: nn.Module | None = None
         if router:
             self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
@@ -136,9 +153,11 @@ class MoEMLP(nn.Module):
         elif weights is None or ids is None:
             raise ValueError("wanted both of weights and ids, or neither")
         inside = x.to(self.w13.dtype) if _autocast(x) else x
-        y = torch.ops.effk.moe_mlp(
-            inside, self.w13, self.w2, weights.float(), ids, activation=self.activation, gemm=self.gemm
-        )
+        given, options = (inside, self.w13, self.w2, weights.float(), ids), {"activation": self.activation}
+        if self.group is None:
+            y = torch.ops.effk.moe_mlp(*given, **options, gemm=self.gemm)
+        else:
+            y = torch.ops.effk.moe_mlp_ep(*given, self.group, **options, stages=self.stages, gemm=self.gemm)
         return y.to(x.dtype)
 
     @torch.no_grad()
@@ -170,6 +189,8 @@ class MoEMLP(nn.Module):
         if self.router is not None:
             text += f", k={self.k}, score={self.score}, renormalize={self.renormalize}, scale={self.scale:g}"
             text += f", balance={self.expert_bias is not None}"
+        if self.group is not None:
+            text += f", rank={self.rank} of {self.ranks}, stages={self.stages}"
         return text
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

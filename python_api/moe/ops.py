@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .._registry import op
-from .._sums import sum_rows
-from . import reference
+from . import expert_parallel, gradients, reference
 
 TRITON = "effk.kernels.moe.triton"
 
@@ -86,160 +82,36 @@ def _fake_mlp_(
     reference.check_mlp_(y, x, w13, w2, weights, ids, activation, gemm)
 
 
-# --- Gradients -------------------------------------------------------------------------------------------------------
-# All are made of the ops themselves, so none waits for the device, and rows or experts that take no part stay out of
-# them, whatever they hold.
+def _fake_mlp_ep(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    group: str,
+    *,
+    activation: str = "swiglu",
+    stages: int = 0,
+    gemm: str = "auto",
+) -> Tensor:
+    expert_parallel.check_mlp_ep("moe_mlp_ep", x, w13, w2, weights, ids, activation, stages, gemm)
+    return x.new_empty(x.shape)
 
 
-def _route_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    ctx.score, ctx.renormalize = keyword_only_inputs["score"], keyword_only_inputs["renormalize"]
-    ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(inputs[0], *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _route_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    logits, weights, ids = ctx.saved_tensors
-    scores = reference.SCORES[ctx.score](logits.float())
-    if ctx.renormalize:
-        total = scores.gather(-1, ids).sum(-1, keepdim=True)
-        moves = total >= reference.TINY  # below, what is divided by is a constant
-        grad = (grad - torch.where(moves, (grad * weights).sum(-1, keepdim=True), 0.0)) / total.clamp(reference.TINY)
-    of_scores = torch.zeros_like(scores).scatter_add(-1, ids, grad)
-    if ctx.score == "softmax":
-        of_logits = scores * (of_scores - (of_scores * scores).sum(-1, keepdim=True))
-    else:
-        of_logits = of_scores * scores * (1 - scores)
-    return (of_logits.to(logits.dtype), None, None)[: ctx.num_inputs]
-
-
-def _kept(offsets: Tensor, rows: int) -> Tensor:
-    """[rows, 1]: whether the sorted row belongs to an expert."""
-    last = offsets[-1:] if offsets.shape[0] > 0 else offsets.new_zeros(1)
-    return (torch.arange(rows, device=offsets.device) < last)[:, None]
-
-
-def _summed(rows: Tensor, place: Tensor, there: Tensor, size: int) -> Tensor:
-    """[size, K] float32: the sum of the rows that go to each place; of those that aren't `there`, nothing."""
-    return sum_rows(rows.float(), torch.where(there, place, -1), size)
-
-
-def _grad_of_x(grad: Tensor, w: Tensor, offsets: Tensor, gather: Tensor | None, x: Tensor) -> Tensor:
-    """grad w for each expert, summed up where rows of x were gathered more than once."""
-    if gather is None:
-        return moe_grouped_gemm(grad, w.transpose(1, 2), offsets)
-    rows = moe_grouped_gemm(grad, w.transpose(1, 2), offsets, out_dtype=torch.float32)
-    return _summed(rows, gather, _kept(offsets, grad.shape[0])[:, 0], x.shape[0]).to(x.dtype)
-
-
-def _grouped_gemm_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    x, w, offsets, *rest = inputs
-    bias, gather = (*rest, None, None)[:2]
-    ctx.num_inputs, ctx.has_bias = len(inputs), bias is not None
-    ctx.save_for_backward(x, w, offsets, gather)
-
-
-def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, offsets, gather = ctx.saved_tensors
-    wanted = (*ctx.needs_input_grad, False, False)
-    grad = grad.to(x.dtype)
-    grad_x = grad_w = grad_bias = None
-    if wanted[0]:
-        grad_x = _grad_of_x(grad, w, offsets, gather, x)
-    if wanted[1]:
-        grad_w = moe_grouped_wgrad(grad, x, offsets, gather)
-    if ctx.has_bias and wanted[3]:
-        ones = grad.new_ones(grad.shape[0], 1)
-        grad_bias = moe_grouped_wgrad(ones, grad, offsets)[:, 0]
-    return (grad_x, grad_w, None, grad_bias, None)[: ctx.num_inputs]
-
-
-def _grouped_wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, x, offsets, *rest = inputs
-    gather = (*rest, None)[0]
-    ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(grad, x, offsets, gather)
-
-
-def _grouped_wgrad_backward(ctx: Any, of_w: Tensor) -> tuple[Tensor | None, ...]:
-    grad, x, offsets, gather = ctx.saved_tensors
-    of_w = of_w.to(x.dtype)
-    of_grad = of_x = None
-    if ctx.needs_input_grad[0]:
-        of_grad = moe_grouped_gemm(x, of_w, offsets, gather=gather)
-    if ctx.needs_input_grad[1]:
-        of_x = _grad_of_x(grad, of_w, offsets, gather, x)
-    return (of_grad, of_x, None, None)[: ctx.num_inputs]
-
-
-def _combine_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    y, inverse, weights = ctx.saved_tensors
-    k, rows = inverse.shape[-1], y.shape[0]
-    place = inverse.reshape(-1).long()
-    there = (place >= 0) & (place < rows)
-    tokens = math.prod(inverse.shape[:-1])
-    grad2 = grad.reshape(tokens, y.shape[1]).float().repeat_interleave(k, 0)  # [T k, K]
-    grad_y = grad_weights = None
-    if ctx.needs_input_grad[0]:
-        grad_y = _summed(weights.reshape(-1, 1) * grad2, place, there, rows).to(y.dtype)
-    if ctx.needs_input_grad[2]:
-        padded = torch.nn.functional.pad(y, (0, 0, 0, 1))  # of -1: a row past the last
-        of_pair = (padded[torch.where(there, place, rows)].float() * grad2).sum(-1)
-        grad_weights = torch.where(there, of_pair, 0.0).reshape(weights.shape)
-    return grad_y, None, grad_weights
-
-
-def _mlp_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    ctx.activation = keyword_only_inputs["activation"]
-    ctx.save_for_backward(*inputs)
-
-
-def _mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The forward pass is made again, up to what is between the two products."""
-    x, w13, w2, weights, ids = ctx.saved_tensors
-    k, shape = ids.shape[-1], (math.prod(x.shape[:-1]), x.shape[-1])
-    x2, grad2 = x.reshape(shape), grad.reshape(shape).to(x.dtype)
-    perm, inverse, offsets = moe_sort(ids, w2.shape[0])
-    token, weight = perm // max(1, k), weights.reshape(-1)[perm][:, None]
-    kept = _kept(offsets, perm.shape[0])
-    z = moe_grouped_gemm(x2, w13, offsets, gather=token, out_dtype=torch.float32)
-    h = reference.activated(z, ctx.activation).to(x.dtype)
-    # Of h, if all weights were 1.
-    of_h = moe_grouped_gemm(grad2, w2.transpose(1, 2), offsets, gather=token, out_dtype=torch.float32)
-    grad_x = grad_w13 = grad_w2 = grad_weights = None
-    if ctx.needs_input_grad[3]:
-        of_weight = torch.where(kept[:, 0], (h.float() * of_h).sum(-1), 0.0)
-        grad_weights = of_weight[inverse.reshape(-1)].reshape(weights.shape)
-    if ctx.needs_input_grad[2]:
-        weighted = (torch.where(kept, weight, 0.0) * grad2[token].float()).to(x.dtype)
-        grad_w2 = moe_grouped_wgrad(weighted, h, offsets)
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        of_z = _activation_backward(torch.where(kept, weight, 0.0) * of_h, z, ctx.activation).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_w13 = moe_grouped_wgrad(of_z, x2, offsets, token)
-        if ctx.needs_input_grad[0]:
-            rows = moe_grouped_gemm(of_z, w13.transpose(1, 2), offsets, out_dtype=torch.float32)
-            grad_x = moe_combine(rows, inverse, torch.ones_like(weights)).to(x.dtype).reshape(x.shape)
-    return grad_x, grad_w13, grad_w2, grad_weights, None
-
-
-def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    if activation == "relu2":
-        return grad * 2 * z.relu()
-    gate, up = z.chunk(2, -1)
-    function = reference.ACTIVATIONS[activation]
-    assert function is not None
-    if activation == "swiglu":
-        sigmoid = gate.sigmoid()  # and not silu_backward, which has no derivative
-        of_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    else:
-        approximate = "tanh" if activation == "geglu_tanh" else "none"
-        of_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=approximate)
-    return torch.cat([of_gate, grad * function(gate)], -1)
+def _fake_mlp_ep_backward(
+    grad: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    group: str,
+    *,
+    activation: str = "swiglu",
+    stages: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    expert_parallel.check_mlp_ep_backward(grad, x, w13, w2, weights, ids, activation, stages)
+    return x.new_empty(x.shape), w13.new_empty(w13.shape), w2.new_empty(w2.shape), weights.new_empty(weights.shape)
 
 
 # --- The ops ---------------------------------------------------------------------------------------------------------
@@ -249,8 +121,8 @@ def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     reference=reference.moe_route,
     fake=_fake_route,
     triton=f"{TRITON}:moe_route",
-    setup_context=_route_context,
-    backward=_route_backward,
+    setup_context=gradients.route_context,
+    backward=gradients.route_backward,
 )
 def moe_route(
     logits: Tensor, k: int, bias: Tensor | None = None, *, score: str = "softmax", renormalize: bool = True
@@ -300,8 +172,8 @@ def moe_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     reference=reference.moe_grouped_gemm,
     fake=_fake_grouped_gemm,
     triton=f"{TRITON}:moe_grouped_gemm",
-    setup_context=_grouped_gemm_context,
-    backward=_grouped_gemm_backward,
+    setup_context=gradients.grouped_gemm_context,
+    backward=gradients.grouped_gemm_backward,
 )
 def moe_grouped_gemm(
     x: Tensor,
@@ -340,8 +212,8 @@ def moe_grouped_gemm(
     reference=reference.moe_grouped_wgrad,
     fake=_fake_grouped_wgrad,
     triton=f"{TRITON}:moe_grouped_wgrad",
-    setup_context=_grouped_wgrad_context,
-    backward=_grouped_wgrad_backward,
+    setup_context=gradients.grouped_wgrad_context,
+    backward=gradients.grouped_wgrad_backward,
 )
 def moe_grouped_wgrad(grad: Tensor, x: Tensor, offsets: Tensor, gather: Tensor | None = None) -> Tensor:
     """The gradient of `moe_grouped_gemm` for its weights: dw[e] = grad^T x over the expert's rows, 0 where it has none.
@@ -365,8 +237,8 @@ def moe_grouped_wgrad(grad: Tensor, x: Tensor, offsets: Tensor, gather: Tensor |
     reference=reference.moe_combine,
     fake=_fake_combine,
     triton=f"{TRITON}:moe_combine",
-    setup_context=_combine_context,
-    backward=_combine_backward,
+    setup_context=gradients.combine_context,
+    backward=gradients.combine_backward,
 )
 def moe_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     """Adds up each token's rows: out[t] = sum over j of weights[t, j] * y[inverse[t, j]].
@@ -391,8 +263,8 @@ def moe_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     reference=reference.moe_mlp,
     fake=_fake_mlp,
     triton=f"{TRITON}:moe_mlp",
-    setup_context=_mlp_context,
-    backward=_mlp_backward,
+    setup_context=gradients.mlp_context,
+    backward=gradients.mlp_backward,
 )
 def moe_mlp(
     x: Tensor,
@@ -460,3 +332,94 @@ def moe_mlp_(
         RuntimeError: as `moe_mlp`; y isn't what is wanted. After ids out of range y holds some of the sums.
     """
     torch.ops.effk.moe_mlp_(y, x, w13, w2, weights, ids, activation=activation, gemm=gemm)
+
+
+@op(
+    reference=expert_parallel.moe_mlp_ep,
+    fake=_fake_mlp_ep,
+    triton=None,
+    composite=True,
+    setup_context=gradients.mlp_ep_context,
+    backward=gradients.mlp_ep_backward,
+)
+def moe_mlp_ep(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    group: str,
+    *,
+    activation: str = "swiglu",
+    stages: int = 0,
+    gemm: str = "auto",
+) -> Tensor:
+    """`moe_mlp` with its experts shared out over the ranks of a process group, each rank with tokens of its own.
+
+    Rank r of W has experts r E/W to (r + 1) E/W. A token goes once to each rank that has experts of it, and one sum
+    comes back from there. With more stages than one, a rank's experts are cut into as many parts: while those of one
+    compute, tokens of the next are under way, and sums of tokens that are through. This is EPS-MoE's pipeline (Qian et
+    al., 2024, arXiv:2410.12247); their choice of the number of stages is here `effk.moe.overlap`. Exchanges are
+    torch.distributed's `all_to_all_single`, whatever the group's backend. Waits for the device, since numbers of rows
+    are needed there. Differentiable in x, w13, w2 and weights.
+
+    All ranks have to call this, with the same sizes but for the number of tokens, which may be 0; where results are
+    differentiated, all ranks have to.
+
+    Args:
+        x: [..., K], this rank's tokens: float32, float16 or bfloat16, any strides.
+        w13, w2: this rank's experts, as of `moe_mlp`; as many on each rank.
+        weights: [..., k] float32.
+        ids: [..., k] int32 or int64: numbers of experts among those of all ranks, -1 for none.
+        group: the `group_name` of a process group of torch.distributed.
+        activation, gemm: as of `moe_mlp`.
+        stages: how many; at most the rank's experts count, and of ranks that want different numbers the least. 0: what
+            takes least time by a model of costs, which the group's first call measures, in about a second. A result has
+            the same bits whatever their number, on a CPU.
+
+    Returns:
+        Shape and dtype of x. Sums of a rank's experts are rounded to x's dtype before they are added up.
+
+    Raises:
+        RuntimeError: wrong dtypes, shapes or names, and on a CPU ids out of range, of this rank or of another, which
+            all ranks raise; sizes that differ between ranks; no such group; whatever torch.distributed raises when a
+            rank is lost or doesn't call within the group's timeout.
+    """
+    return torch.ops.effk.moe_mlp_ep(x, w13, w2, weights, ids, group, activation=activation, stages=stages, gemm=gemm)
+
+
+@op(
+    reference=expert_parallel.moe_mlp_ep_backward,
+    fake=_fake_mlp_ep_backward,
+    triton=None,
+    composite=True,
+)
+def moe_mlp_ep_backward(
+    grad: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    group: str,
+    *,
+    activation: str = "swiglu",
+    stages: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `moe_mlp_ep`: tokens go to the ranks of their experts once more, with their gradients.
+
+    Nothing is kept of the forward pass but its inputs. All ranks have to call this. Not differentiable.
+
+    Args:
+        grad: of the result, shaped as x, any float dtype.
+        x, w13, w2, weights, ids, group, activation, stages: as of `moe_mlp_ep`.
+
+    Returns:
+        Those of x, w13, w2 and weights.
+
+    Raises:
+        RuntimeError: as `moe_mlp_ep`.
+    """
+    return torch.ops.effk.moe_mlp_ep_backward(
+        grad, x, w13, w2, weights, ids, group, activation=activation, stages=stages
+    )

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from effk.ba import Problem, solve
 from torch import Tensor
 
+from ..kit.ranks import Groups, needs_gloo, on_ranks
 from ..kit.tensors import same_bits
 from . import solver_strategies as kit
 from .solver_strategies import EXACT, SOLVERS, scene
 
-pytestmark = [
-    pytest.mark.xdist_group("ba_group"),  # of one run
-    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"),
-]
+pytestmark = [pytest.mark.xdist_group("ba_group"), needs_gloo]  # of one run
 SIZES = (1, 2, 4)
 SHARES = {1: [1.0], 2: [0.7, 0.3], 4: [0.5, 0.0, 0.2, 0.3]}  # of the points; one rank has none
-SECONDS = 120  # for all of it
 KINDS = ("plain", "more")
 
 
@@ -77,17 +71,8 @@ def solved(problem: Problem, options: dict[str, Any], group: Any = None) -> dict
     }
 
 
-def rank_of_all(rank: int, folder: str) -> None:
+def rank_of_all(rank: int, groups: Groups) -> dict[Any, Any]:
     """One of four processes; smaller groups are the first of them."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/init",
-        rank=rank,
-        world_size=max(SIZES),
-        timeout=datetime.timedelta(seconds=SECONDS),
-    )
-    groups = {size: dist.new_group(list(range(size))) for size in SIZES}
     found: dict[Any, Any] = {}
     for size in SIZES:
         if rank >= size:
@@ -123,28 +108,13 @@ def rank_of_all(rank: int, folder: str) -> None:
                 solve(broken, group=groups[2])
             except RuntimeError as error:
                 found[name] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each rank came to."""
-    folder: Path = tmp_path_factory.mktemp("group")
-    spawn = torch.multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=rank_of_all, args=(rank, str(folder)), daemon=True) for rank in range(max(SIZES))]
-    for process in ranks:
-        process.start()
-    end = time.monotonic() + SECONDS
-    for process in ranks:
-        process.join(max(0.0, end - time.monotonic()))
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        if process.is_alive():
-            process.kill()
-            process.join()
-    assert codes == [0] * len(ranks), f"exit codes {codes}; None is one that hung"
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(max(SIZES))]
+    return on_ranks(rank_of_all, tmp_path_factory.mktemp("group"), SIZES)
 
 
 @pytest.mark.parametrize("linear_solver", SOLVERS)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..kit import tensors
+from ..kit import ranks, tensors
 from ..kit.backends import Backend
 from ..kit.calls import Call, Invalid
 from ..kit.errors import (
@@ -834,6 +834,21 @@ def adding_mlp_calls(draw: st.DrawFn) -> Call:
     return Call("moe_mlp_", (start, *args), call.kwargs)
 
 
+@st.composite
+def ep_calls(draw: st.DrawFn, op: str) -> Call:
+    """On a group of this process alone."""
+    call = draw(mlp_calls())
+    options = {k: v for k, v in call.kwargs.items() if k != "gemm" or op == "moe_mlp_ep"}
+    if draw(st.booleans()):
+        options["stages"] = draw(st.integers(0, 3))
+    args = call.args
+    if op == "moe_mlp_ep_backward":
+        args = tuple(t.detach() for t in args)
+        grad = tensors.values(tuple(args[0].shape), args[0].dtype, "normal", draw(SEEDS))
+        args = (grad, *args)
+    return Call(op, (*args, ranks.solo()), options)
+
+
 CALLS = {
     "moe_route": route_calls(),
     "moe_sort": sort_calls(),
@@ -842,6 +857,7 @@ CALLS = {
     "moe_combine": combine_calls(),
     "moe_mlp": mlp_calls(),
     "moe_mlp_": adding_mlp_calls(),
+    **{op: ep_calls(op) for op in ("moe_mlp_ep", "moe_mlp_ep_backward")},
 }
 
 
@@ -870,6 +886,8 @@ ARGUMENTS = {
     "moe_combine": ("y", "inverse", "weights"),
     "moe_mlp": ("x", "w13", "w2", "weights", "ids"),
     "moe_mlp_": ("y", "x", "w13", "w2", "weights", "ids"),
+    "moe_mlp_ep": ("x", "w13", "w2", "weights", "ids", "group"),
+    "moe_mlp_ep_backward": ("grad", "x", "w13", "w2", "weights", "ids", "group"),
 }
 FAR = 2**30 + 1
 
@@ -887,6 +905,8 @@ def _invalid() -> dict[str, list[Invalid]]:
     m = Mlp(6, 4)
     mlp = Call("moe_mlp", (m.x, m.w13, m.w2, m.weights, m.ids))
     adding = Call("moe_mlp_", (m.start, *mlp.args))
+    shared = Call("moe_mlp_ep", (*mlp.args, ranks.solo()))
+    back = Call("moe_mlp_ep_backward", (m.start, *shared.args))
     assert r.bias is not None and g.bias is not None and g.source is not None
 
     def sorted_by(call: Call, source: Tensor) -> list[Invalid]:
@@ -1010,6 +1030,13 @@ def _invalid() -> dict[str, list[Invalid]]:
             Invalid("y transposed", adding.with_(y=torch.zeros(6, 3).T), "y"),
             Invalid("y expanded", adding.with_(y=torch.zeros(1, 6).expand(3, 6)), "y"),
         ],
+        "moe_mlp_ep": [*of_layer(shared), Invalid("stages below 0", shared.with_(stages=-1), "stages")],
+        "moe_mlp_ep_backward": [
+            *(i for i in of_layer(back) if "gemm" not in i.call.kwargs),
+            Invalid("stages below 0", back.with_(stages=-1), "stages"),
+            *_wrong_dtypes(back, "grad", m.start)[:1],
+            *_wrong_shapes(back, "grad", {"short": (2, 6), "vector": (18,), "of other columns": (3, 7)}),
+        ],
     }
 
 
@@ -1091,10 +1118,27 @@ def dense_mlp(
     return (each * share[..., None]).sum(-2)
 
 
+def dense_mlp_ep(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    group: str,
+    *,
+    activation: str = "swiglu",
+    stages: int = 0,
+    gemm: str = "auto",
+) -> Tensor:
+    """Of one rank."""
+    return dense_mlp(x, w13, w2, weights, ids, activation=activation)
+
+
 FORMULAS = {
     "moe_route": dense_route,
     "moe_grouped_gemm": dense_grouped_gemm,
     "moe_grouped_wgrad": dense_grouped_wgrad,
     "moe_combine": dense_combine,
     "moe_mlp": dense_mlp,
+    "moe_mlp_ep": dense_mlp_ep,
 }
