@@ -374,7 +374,7 @@ def moe_mlp_ep(
         group: the `group_name` of a process group of torch.distributed.
         activation, gemm: as of `moe_mlp`.
         stages: how many; at most the rank's experts count, and of ranks that want different numbers the least. 0: what
-            takes least time by a model of costs, which the group's first call measures, in about a second. A result has
+            takes least time by a model of costs, which the group's first call measures, in some seconds. A result has
             the same bits whatever their number, on a CPU.
 
     Returns:

@@ -8,7 +8,9 @@ their last, which leaves more to wait for at both ends: so the stages are played
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +28,7 @@ log = logging.getLogger("effk")
 
 MOST_STAGES = 32
 WORTHWHILE = 0.005  # of the time: a gain that is worth more stages than one
-RUNS = 5
+RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,44 @@ class Costs:
     """Of a rank, in seconds.
 
     Attributes:
-        latency: of an exchange of rows, however few.
-        byte: of a byte that goes to another rank.
-        flop: of a floating-point operation of the experts' products.
-        read: of a byte of an expert's weights.
-        stage: of a stage more, beside its exchanges: products in two parts, sums that are added to.
-        hidden: share of an exchange's time that products under way aren't slowed down by; 1 where they run on
+        call: of a call with one stage, beside its products and its rows: agreement, sorting, latencies.
+        stage: of a stage more.
+        byte: of a byte of rows that goes to another rank.
+        hidden: share of a row's way that doesn't slow products down which are made meanwhile; 1 where they run on
             something else, less where the same processor does both.
+        products: how many rows an expert has, ascending, and seconds for an element of its weights.
     """
 
-    latency: float
-    byte: float
-    flop: float
-    read: float
+    call: float
     stage: float
+    byte: float
     hidden: float
+    products: tuple[tuple[float, float], ...]
+
+    def of_element(self, rows: float) -> float:
+        """For so many rows: between those that are known, or in proportion to the last."""
+        before = self.products[0]
+        if rows <= before[0]:
+            return before[1]
+        for after in self.products[1:]:
+            if rows <= after[0]:
+                share = (rows - before[0]) / (after[0] - before[0])
+                return before[1] + share * (after[1] - before[1])
+            before = after
+        return before[1] * rows / before[0]
+
+    @classmethod
+    def of_limits(
+        cls, call: float, stage: float, byte: float, hidden: float, flops: float, bandwidth: float, element: int = 2
+    ) -> Costs:
+        """Of a device that reads so many bytes and makes so many operations a second."""
+        least = element / bandwidth
+        return cls(call, stage, byte, hidden, ((1.0, least), (least * flops / 2, least)))
 
 
 @dataclass(frozen=True)
 class Load:
-    """A layer and what it is given, as far as time depends on it; tokens spread evenly over experts.
+    """A layer and what it is given, as far as time depends on it; each token's experts are any.
 
     Attributes:
         tokens: of a rank.
@@ -84,6 +104,12 @@ class Load:
         """Elements of an expert."""
         return self.cols * self.inner * (3 if self.gated else 2)
 
+    @property
+    def unevenness(self) -> float:
+        """How much more pairs than the mean the rank has that has most, about, where each pair's expert is random."""
+        others = (self.ranks - 1) / self.ranks
+        return 0.7 * math.sqrt(2 * math.log(self.ranks) * others / max(1.0, self.tokens * self.pairs))
+
     def untouched(self, share: float) -> float:
         """Of tokens: how many have no expert in that share of a rank's."""
         return (1 - share / self.ranks) ** self.pairs
@@ -96,42 +122,36 @@ class Prediction:
     Attributes:
         total: of the layer.
         compute: of its products and stages.
-        communication: of all exchanges, one after the other.
-        waiting: for exchanges, while nothing computes.
+        communication: of its rows, one exchange after the other.
+        waiting: for rows, while nothing computes.
     """
 
     total: float
     compute: float
     communication: float
     waiting: float
+    call: float
 
     @property
     def hidden(self) -> float:
         """Share of the communication that the layer doesn't take longer for."""
-        return 1 - (self.total - self.compute) / self.communication if self.communication else 1.0
+        return 1 - (self.total - self.call - self.compute) / self.communication if self.communication else 1.0
 
 
 def predict(load: Load, costs: Costs, stages: int) -> Prediction:
-    """Plays the stages through: exchanges one after the other, as they are asked for; products beside them.
-
-    Of the exchange of counts and ids before the first stage, only its latency counts.
-    """
+    """Plays the stages through: exchanges one after the other, as they are asked for; products beside them."""
     row = load.cols * load.element * costs.byte * load.tokens * (load.ranks - 1)
-    announced = 2 * costs.latency + 8 * load.pairs * costs.byte * load.tokens * (load.ranks - 1)
     # By stage: visits that begin there; and end, which is the same from behind.
-    begins = [load.untouched(s / stages) - load.untouched((s + 1) / stages) for s in range(stages)]
-    come = [costs.latency + row * share for share in begins]
+    come = [row * (load.untouched(s / stages) - load.untouched((s + 1) / stages)) for s in range(stages)]
     leave = come[::-1]
-    used = 1 - (1 - 1 / max(1, load.experts)) ** (load.tokens * load.ranks * load.pairs)  # of the experts
-    products = max(
-        costs.flop * 2 * load.weights * load.tokens * load.pairs,
-        costs.read * load.weights * load.element * load.local * used,
-    )
-    part = products / stages + (costs.stage if stages > 1 else 0)
+    pairs = load.tokens * load.ranks * load.pairs
+    used = load.experts * (1 - (1 - 1 / max(1, load.experts)) ** pairs)  # of the experts
+    products = used / load.ranks * load.weights * costs.of_element(pairs / used) if used > 0 else 0.0
+    products *= 1 + load.unevenness
+    part = (products + costs.stage * (stages - 1)) / stages
 
-    busy = announced  # until when; and so is the link
-    waiting = announced
-    link = arrived = busy + come[0]
+    busy = waiting = 0.0  # until when products are made
+    link = arrived = come[0]  # and rows under way
     for s in range(stages):
         following = link
         if s + 1 < stages:  # asked for before the wait for this one
@@ -140,9 +160,9 @@ def predict(load: Load, costs: Costs, stages: int) -> Prediction:
         busy = max(arrived, busy) + part
         link, arrived = max(link, busy) + leave[s], following
     waiting += max(0.0, link - busy)
-    communication = announced + sum(come) + sum(leave)
-    total = max(link, busy) + (1 - costs.hidden) * (communication - waiting)
-    return Prediction(total, part * stages, communication, waiting)
+    communication = sum(come) + sum(leave)
+    total = costs.call + max(link, busy) + (1 - costs.hidden) * (communication - waiting)
+    return Prediction(total, part * stages, communication, waiting, costs.call)
 
 
 def best_stages(load: Load, costs: Costs) -> int:
@@ -162,10 +182,41 @@ def known(group: ProcessGroup, dtype: torch.dtype) -> Costs | None:
     return _known.get((group.group_name, dtype))
 
 
+# What is timed: products of so many rows an expert, of more weights than caches near a core hold; and a layer without
+# any worth speaking of.
+ROWS = (1, 4, 16, 64)
+EXPERTS, COLS, INNER = 16, 2048, 768
+SMALL_EXPERTS = 4
+
+
+class _Products:
+    """A call: EXPERTS experts with so many rows each."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device):
+        random = functools.partial(torch.randn, device=device)
+        self.x = random(EXPERTS * rows, COLS).to(dtype)
+        self.w13, self.w2 = random(EXPERTS, 2 * INNER, COLS).to(dtype), random(EXPERTS, COLS, INNER).to(dtype)
+        self.weights = torch.ones(EXPERTS * rows, 1, device=device)
+        self.ids = (torch.arange(EXPERTS * rows, device=device) % EXPERTS)[:, None]
+        self.y = torch.zeros(EXPERTS * rows, COLS, device=device)
+
+    def __call__(self) -> None:
+        torch.ops.effk.moe_mlp_(self.y, self.x, self.w13, self.w2, self.weights, self.ids)
+
+
+def _small_layer(ranks: int, dtype: torch.dtype, device: torch.device, group: str) -> Callable[..., Tensor]:
+    """A layer over ranks, of a token that has experts in all stages of all of them."""
+    experts, cols, inner = SMALL_EXPERTS * ranks, 8, 8
+    random = functools.partial(torch.randn, device=device)
+    w13, w2 = random(SMALL_EXPERTS, 2 * inner, cols).to(dtype), random(SMALL_EXPERTS, cols, inner).to(dtype)
+    given = (random(1, cols).to(dtype), w13, w2, random(1, experts), torch.arange(experts, device=device)[None], group)
+    return functools.partial(torch.ops.effk.moe_mlp_ep, *given)
+
+
 def calibrate(
     group: ProcessGroup, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", runs: int = RUNS
 ) -> Costs:
-    """Measures the costs of a group's ranks together; all have to call it. Takes about a second.
+    """Measures the costs of a group's ranks together; all have to call it. Takes some seconds.
 
     `moe_mlp_ep(stages=0)` calls it where nobody has, once for a group and dtype. Another number of stages changes no
     bit of a result.
@@ -181,69 +232,54 @@ def calibrate(
     """
     device = torch.device(device)
     ranks = group.size()
-    experts, cols, inner, tokens = 4, 1024, 512, 128
+
+    def timed(*calls: Callable[[], Any]) -> float:
+        """Of calls of which some may give work to wait for."""
+        seconds = []
+        for _ in range(runs + 1):
+            dist.barrier(group)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for work in [call() for call in calls]:
+                if isinstance(work, dist.Work):
+                    work.wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
+
+    def of_all(*values: float) -> list[float]:
+        """Means over the ranks, the same bits on all of them."""
+        mean = torch.tensor(values, dtype=torch.float64).to(device)
+        dist.all_reduce(mean, group=group)
+        found = [torch.empty_like(mean) for _ in range(ranks)]
+        dist.all_gather(found, mean, group=group)
+        return [v / ranks for v in found[0].tolist()]
+
+    def exchange(rows: int) -> Callable[[], Any]:
+        sent = torch.ones(rows * ranks, COLS, device=device).to(dtype)
+        received = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)
+
     with torch.no_grad():
-        x = torch.randn(tokens, cols, device=device).to(dtype)
-        w13 = torch.randn(experts, 2 * inner, cols, device=device).to(dtype)
-        w2 = torch.randn(experts, cols, inner, device=device).to(dtype)
-        few = torch.randn(1, cols, device=device).to(dtype)
-        weights, ids = torch.ones(tokens, 1, device=device), (torch.arange(tokens, device=device) % experts)[:, None]
-        y = torch.zeros(tokens, cols, device=device)
-
-        def products(count: int = experts, begin: int = 0, given: Tensor = x) -> None:
-            some = ids[: len(given)] - begin
-            some = torch.where((some >= 0) & (some < count), some, -1)
-            part = slice(begin, begin + count)
-            torch.ops.effk.moe_mlp_(y[: len(given)], given, w13[part], w2[part], weights[: len(given)], some)
-
-        def parts() -> None:
-            for begin in range(0, experts, 2):
-                products(2, begin)
-
-        def exchange(rows: int) -> Callable[[], Any]:
-            sent = torch.ones(rows * ranks, cols, device=device).to(dtype)
-            received = torch.empty_like(sent)
-            return lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)
-
-        def timed(*calls: Callable[[], Any]) -> float:
-            """Of calls of which the first may be work to wait for."""
-            seconds = []
-            for _ in range(runs + 1):
-                dist.barrier(group)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                started = [call() for call in calls]
-                for work in started:
-                    if work is not None:
-                        work.wait()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-            return statistics.median(seconds[1:])
-
-        def of_all(*values: float) -> list[float]:
-            """Means over the ranks, the same bits on all of them."""
-            mean = torch.tensor(values, dtype=torch.float64).to(device)
-            dist.all_reduce(mean, group=group)
-            sent = [mean.clone() for _ in range(ranks)]
-            dist.all_gather(sent, mean, group=group)
-            return [v / ranks for v in sent[0].tolist()]
-
+        tables = [_Products(rows, dtype, device) for rows in ROWS]
+        elements = tables[0].w13.numel() + tables[0].w2.numel()
+        products = of_all(*map(timed, tables))
+        layer = _small_layer(ranks, dtype, device, group.group_name)
+        one, many = of_all(*(timed(functools.partial(layer, stages=n)) for n in (1, SMALL_EXPERTS)))
         rows = 256
-        whole, sending = of_all(timed(products), timed(exchange(rows)))
-        cut, one, latency = of_all(timed(parts), timed(lambda: products(given=few)), timed(exchange(0)))
-        bytes_sent = rows * (ranks - 1) * cols * x.element_size()
-        # As long an exchange as the products take, beside them.
-        rows = max(1, min(4096, int(rows * whole / sending)))
-        alone, both = of_all(timed(exchange(rows)), timed(exchange(rows), products))
+        bytes_sent = rows * (ranks - 1) * COLS * dtype.itemsize
+        latency, sending = of_all(timed(exchange(0)), timed(exchange(rows)))
+        # As long an exchange as some products take, beside them.
+        rows = max(1, min(4096, int(rows * products[-1] / sending)))
+        alone, both = of_all(timed(exchange(rows)), timed(exchange(rows), tables[-1]))
     costs = Costs(
-        latency=latency,
+        call=one,
+        stage=max(0.0, many - one) / (SMALL_EXPERTS - 1),
         byte=max(0.0, sending - latency) / bytes_sent if bytes_sent else 0.0,
-        flop=whole / (2.0 * 3 * cols * inner * tokens),
-        read=one / (3.0 * cols * inner * x.element_size()),
-        stage=max(0.0, cut - whole),
-        hidden=min(1.0, max(0.0, (alone + whole - both) / min(alone, whole))),
+        hidden=min(1.0, max(0.0, (alone + products[-1] - both) / min(alone, products[-1]))),
+        products=tuple((float(r), seconds / elements) for r, seconds in zip(ROWS, products, strict=True)),
     )
     _known[group.group_name, dtype] = costs
     log.info("effk: costs of group %r for %s: %s", group.group_name, dtype, costs)
