@@ -413,7 +413,8 @@ def positioning_problem(
         quality: dict[str, float] = {}
         wanted = 1.01 * true
         if until_peer:
-            wanted = 1.01 * float(_gp_cost(*PYCOLMAP.view(PYCOLMAP.make(start)()), s))
+            peer: tuple[Tensor, Tensor] = PYCOLMAP.view(PYCOLMAP.make(start)())
+            wanted = 1.01 * float(_gp_cost(*peer, s))
             history = torch.ops.effk.gp_solve(s.cameras.clone(), s.points.clone(), *given(s)[2:], **start.options)
             start.options["max_iterations"] = int((history[:, 0] <= wanted).nonzero()[0])
             quality["iterations"] = start.options["max_iterations"]

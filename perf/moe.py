@@ -524,9 +524,9 @@ EP_PEERS = (
 
 
 def over_ranks(tokens: int, op: str = "moe_mlp_ep", quick: bool = False, **size: int) -> Problem:
-    size = {**FULL, **size, "dtype": "bf16", "tokens": tokens, "ranks": RANKS, "caches": "warm"}
+    all_sizes = {**FULL, **size, "dtype": "bf16", "tokens": tokens, "ranks": RANKS, "caches": "warm"}
     peers: dict[str, Sequence[Peer]] = {"cpu": EP_PEERS if op == "moe_mlp_ep" else (), "cuda": ()}
-    return Problem(op, size, make_ep, peers, {"cpu": (), "cuda": ()}, quick)
+    return Problem(op, all_sizes, make_ep, peers, {"cpu": (), "cuda": ()}, quick)
 
 
 # --- The list ---------------------------------------------------------------------------------------------------------

@@ -807,9 +807,7 @@ def moe_grouped_wgrad(grad: Tensor, x: Tensor, offsets: Tensor, gather: Tensor |
     return dw
 
 
-def combined(
-    out: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, kept: Tensor | None, adds: bool = False
-) -> None:
+def combined(out: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, kept: Tensor | None, adds: bool = False) -> None:
     """Fills out [tokens, cols], or adds to it; kept [1]: how many rows of y there are."""
     pairs, cols = inverse.shape[-1], y.shape[1]
     variant = COMBINE[y.dtype, out.dtype, in_vectors(y, out)]

@@ -18,6 +18,7 @@ from .timing import torch_threads
 
 END, LEARN, FORGET = -1, -2, -3  # announced, beside the number of a call
 
+GROUP = "0"  # the name of the group that a process initializes first
 Make = Callable[..., Call]  # make(group's name, rank, ...), of a module's top level
 
 
@@ -40,7 +41,7 @@ def _follow(rank: int, size: int, file: str) -> None:
                 learnt: list[Any] = [None]
                 dist.broadcast_object_list(learnt, 0)
                 make, args = learnt[0]
-                calls.append(make(dist.group.WORLD.group_name, rank, *args))
+                calls.append(make(GROUP, rank, *args))
             else:
                 calls[number]()
     dist.destroy_process_group()
@@ -65,7 +66,7 @@ class Ranks:
         _announced(LEARN)
         dist.broadcast_object_list([(make, args)], 0)
         with torch_threads(1):
-            own = make(dist.group.WORLD.group_name, 0, *args)
+            own = make(GROUP, 0, *args)
         number, self.known = self.known, self.known + 1
 
         def call() -> Any:

@@ -43,7 +43,7 @@ def resolve(op: str, group: str) -> ProcessGroup:
     if not dist.is_available():
         raise RuntimeError(f"effk::{op}: group is {group!r}, but torch was built without torch.distributed")
     try:
-        return dist.distributed_c10d._resolve_process_group(group)
+        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise RuntimeError(f"effk::{op}: group is {group!r}; wanted the group_name of a process group") from error
 
@@ -471,6 +471,7 @@ def moe_mlp_ep_backward(
         of_x, of_w13, of_w2, of_weight = gradients.of_layer(
             rows[:, :cols], rows[:, cols:], w13[of_experts], w2[of_experts], shares, rows_of, part, activation
         )
+        assert of_x is not None and of_w13 is not None and of_w2 is not None and of_weight is not None  # all wanted
         of_rows[some], of_weights[some] = of_x[:-1], of_weight[:-1]
         grad_w13[of_experts], grad_w2[of_experts] = of_w13, of_w2
 

@@ -53,7 +53,7 @@ def test_expert_parallel_example(tmp_path: Path) -> None:
 def test_overlap_example_measures() -> None:
     small = ("--tokens", "1", "16", "--experts", "8", "--cols", "64", "--inner", "32", "--pairs", "2", "--runs", "2")
     said = torchrun(2, EXAMPLES / "moe_overlap.py", *small)
-    assert said.count("(chosen)") == 2 and "Costs(latency=" in said
+    assert said.count("(chosen)") == 2 and "Costs(call=" in said
 
 
 def test_overlap_example_predicts() -> None:
