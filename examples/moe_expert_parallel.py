@@ -161,9 +161,7 @@ def draw(ranks: list[list[Interval]], path: Path) -> None:
     for r, intervals in enumerate(ranks):
         for lane, kind in enumerate(COLOURS):
             bars = [(1e3 * (begin - start), 1e3 * (end - begin)) for k, begin, end in intervals if k == kind]
-            axes.broken_barh(
-                bars, (r + lane * 0.28, 0.25), color=COLOURS[kind], label=kind if r == 0 else None, edgecolor="white"
-            )
+            axes.broken_barh(bars, (r + lane * 0.28, 0.25), color=COLOURS[kind], label=kind if r == 0 else None)
     axes.set_yticks([r + 0.4 for r in range(len(ranks))], [f"rank {r}" for r in range(len(ranks))])
     axes.invert_yaxis()
     axes.set_xlabel("ms")

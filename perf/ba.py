@@ -283,10 +283,10 @@ def _expected_cost(s: Scene) -> tuple[float, float]:
 
 
 def solve_problem(size: Mapping[str, Any], load: Callable[[torch.device], Scene], quick: bool = False) -> Problem:
-    known: dict[str, float] = {}
-
     def make(problem: Problem, device: torch.device) -> Work:
         s = load(device)
+        costs: dict[bool, float] = {}  # the least of effk's and of peers'
+        quality: dict[str, float] = {}
 
         def check(result: tuple[Tensor, Tensor], is_effk: bool) -> str:
             cameras, points = (t.to(device) for t in result)
@@ -295,10 +295,11 @@ def solve_problem(size: Mapping[str, Any], load: Callable[[torch.device], Scene]
                 wanted, off = _expected_cost(s)
                 if not abs(cost - wanted) <= off:
                     return f"cost {cost:.8g}; noise leaves {wanted:.8g}, give or take {off:.2g}"
-            least = known.setdefault("cost", cost)
-            known["cost"] = min(least, cost)
-            allowed = WORSE * least
-            return "" if cost <= least + allowed or is_effk else f"cost {cost:.8g}; {least:.8g} was reached"
+            costs[is_effk] = min(cost, costs.get(is_effk, cost))
+            if len(costs) == 2:
+                quality["cost-beyond-peers"] = costs[True] / costs[False] - 1
+            least = min(costs.values())
+            return "" if cost <= (1 + WORSE) * least or is_effk else f"cost {cost:.8g}; {least:.8g} was reached"
 
         flops = JACOBIAN * s.observations.shape[0]
         inputs = Start(s, {"max_iterations": 200})
@@ -311,6 +312,7 @@ def solve_problem(size: Mapping[str, Any], load: Callable[[torch.device], Scene]
             torch.float64,
             graph=False,
             steps=lambda op, i: _run(op, "ba_solve", i),
+            quality=quality,
         )
 
     peers = {"cpu": tuple(_ceres(name, number) for name, number in CERES.items()), "cuda": ()}

@@ -22,6 +22,12 @@ GROUP = "0"  # the name of the group that a process initializes first
 Make = Callable[..., Call]  # make(group's name, rank, ...), of a module's top level
 
 
+def world() -> dist.ProcessGroup:
+    """The group that this process is in."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def _announced(number: int = 0) -> int:
     what = torch.tensor([number])
     dist.broadcast(what, 0)

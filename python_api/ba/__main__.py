@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     a = parser().parse_args(arguments)
     try:
+        if a.plot:  # before anything is computed: it may not be installed
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(6, 4), layout="constrained")
         folder = a.problem.is_dir()
         problem = Problem.from_colmap(a.problem) if folder else Problem.from_bal(a.problem)
         if a.share_intrinsics:
@@ -60,8 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         if a.output:
             problem.to_colmap(a.output) if folder else problem.to_bal(a.output)
         if a.plot:
-            summary.plot().figure.savefig(a.plot, dpi=120)
-    except (OSError, ValueError, RuntimeError) as error:
+            summary.plot(figure.add_subplot())
+            figure.savefig(a.plot, dpi=120)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

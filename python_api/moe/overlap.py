@@ -190,18 +190,19 @@ SMALL_EXPERTS = 4
 
 
 class _Products:
-    """A call: EXPERTS experts with so many rows each."""
+    """Calls of EXPERTS experts with so many rows each."""
 
-    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device):
-        random = functools.partial(torch.randn, device=device)
-        self.x = random(EXPERTS * rows, COLS).to(dtype)
-        self.w13, self.w2 = random(EXPERTS, 2 * INNER, COLS).to(dtype), random(EXPERTS, COLS, INNER).to(dtype)
-        self.weights = torch.ones(EXPERTS * rows, 1, device=device)
-        self.ids = (torch.arange(EXPERTS * rows, device=device) % EXPERTS)[:, None]
-        self.y = torch.zeros(EXPERTS * rows, COLS, device=device)
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        most = EXPERTS * max(ROWS)
+        random = functools.partial(torch.randn, device=device, dtype=dtype)
+        self.x, self.w13, self.w2 = random(most, COLS), random(EXPERTS, 2 * INNER, COLS), random(EXPERTS, COLS, INNER)
+        self.weights = torch.ones(most, 1, device=device)
+        self.ids = (torch.arange(most, device=device) % EXPERTS)[:, None]
+        self.y = torch.zeros(most, COLS, device=device)
 
-    def __call__(self) -> None:
-        torch.ops.effk.moe_mlp_(self.y, self.x, self.w13, self.w2, self.weights, self.ids)
+    def __call__(self, rows: int) -> None:
+        y, x, weights, ids = (t[: EXPERTS * rows] for t in (self.y, self.x, self.weights, self.ids))
+        torch.ops.effk.moe_mlp_(y, x, self.w13, self.w2, weights, ids)
 
 
 def _small_layer(ranks: int, dtype: torch.dtype, device: torch.device, group: str) -> Callable[..., Tensor]:
@@ -263,9 +264,9 @@ def calibrate(
         return lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)
 
     with torch.no_grad():
-        tables = [_Products(rows, dtype, device) for rows in ROWS]
-        elements = tables[0].w13.numel() + tables[0].w2.numel()
-        products = of_all(*map(timed, tables))
+        layer_of = _Products(dtype, device)
+        elements = layer_of.w13.numel() + layer_of.w2.numel()
+        products = of_all(*(timed(functools.partial(layer_of, rows)) for rows in ROWS))
         layer = _small_layer(ranks, dtype, device, group.group_name)
         one, many = of_all(*(timed(functools.partial(layer, stages=n)) for n in (1, SMALL_EXPERTS)))
         rows = 256
@@ -273,7 +274,7 @@ def calibrate(
         latency, sending = of_all(timed(exchange(0)), timed(exchange(rows)))
         # As long an exchange as some products take, beside them.
         rows = max(1, min(4096, int(rows * products[-1] / sending)))
-        alone, both = of_all(timed(exchange(rows)), timed(exchange(rows), tables[-1]))
+        alone, both = of_all(timed(exchange(rows)), timed(exchange(rows), functools.partial(layer_of, ROWS[-1])))
     costs = Costs(
         call=one,
         stage=max(0.0, many - one) / (SMALL_EXPERTS - 1),

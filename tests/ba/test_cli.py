@@ -180,9 +180,19 @@ def test_wrong_options(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib").use("agg")
+    pytest.importorskip("matplotlib")
     assert main([str(file), "-q", "--plot", str(tmp_path / "cost.png")]) == 0
     assert (tmp_path / "cost.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_plot_without_matplotlib(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is solved or written."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "out.txt"
+    assert main([str(file), "-q", "-o", str(out), "--plot", str(tmp_path / "cost.png")]) == 1
+    assert "matplotlib" in capsys.readouterr().err and not out.exists()
 
 
 def test_as_a_module(file: Path) -> None:
