@@ -276,12 +276,14 @@ class Call:
             if ids.device.type == "cpu":
                 check_range(op, "ids", ids, -1, experts * self.ranks - 1)
             tokens = math.prod(ids.shape[:-1])
-            flat = ids.reshape(tokens, k).long()
-            self.visits = Visits.of(weights.reshape(tokens, k).float(), flat, experts, self.ranks)
+            flat = ids.reshape(tokens, k).long().contiguous()
+            self.visits = Visits.of(weights.reshape(tokens, k).contiguous(), flat, experts, self.ranks)
             visits = self.visits.counts
         except Exception as error:  # the others have to hear of it, whatever it is
             wrong = error
-        agreed = agree(op, self.group, wrong, said, visits, tokens, stages, x.device)
+        # One that is elsewhere has been refused by now; the others still have to hear of it.
+        device = next((t.device for t in (x, w2, ids) if t.device.type != "meta"), torch.device("cpu"))
+        agreed = agree(op, self.group, wrong, said, visits, tokens, stages, device)
         self.bounds = stage_bounds(experts, agreed.stages)
 
         v = self.visits

@@ -21,16 +21,20 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-@functools.cache
 def solo() -> str:
     """The name of a group of this process alone, beside whatever else it initializes."""
+    return _solo().group_name
+
+
+@functools.cache  # which keeps the group: it is known by its name as long as it lives
+def _solo() -> Any:
     name, store = "effk_solo", dist.HashStore()
     group = dist.ProcessGroup(store, 0, 1)
     backend = dist.ProcessGroupGloo(store, 0, 1, datetime.timedelta(seconds=SECONDS))
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     group._set_group_name(name)
     torch._C._distributed_c10d._register_process_group(name, group)
-    return name
+    return group
 
 
 def _rank(rank: int, folder: str, sizes: Sequence[int], seconds: float, work: Callable[[int, Groups], Any]) -> None:

@@ -21,6 +21,7 @@ from ..kit.tensors import same_bits
 from .strategies import Mlp, tensors
 
 pytestmark = [pytest.mark.xdist_group("moe_ep"), needs_gloo]  # of one run
+FORWARD, BACKWARD = (getattr(torch.ops.effk, name) for name in ("moe_mlp_ep", "moe_mlp_ep_backward"))
 SIZES = (1, 2, 4)
 STAGES = (1, 2, 3, 100)
 
@@ -99,10 +100,10 @@ def rank_of_all(rank: int, groups: Groups) -> dict[Any, Any]:
         given = layer.of(rank, size)
         grad = layer.grad(size)[layer.slices(size)[rank]]
         for stages in STAGES:
-            y = torch.ops.effk.moe_mlp_ep(*given, group, stages=stages, gemm=layer.gemm, **options)
+            y = FORWARD(*given, group, stages=stages, gemm=layer.gemm, **options)
             found[size, name, stages] = (
                 y,
-                *torch.ops.effk.moe_mlp_ep_backward(grad, *given, group, stages=stages, **options),
+                *BACKWARD(grad, *given, group, stages=stages, **options),
             )
     if rank < 2:
         found |= of_two(rank, groups[2])
@@ -113,7 +114,6 @@ def of_two(rank: int, group: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     name, layer = group.group_name, LAYERS["skewed"]
     given = layer.of(rank, 2)
-    op = torch.ops.effk.moe_mlp_ep
 
     def said(function: Any) -> str:
         try:
@@ -123,19 +123,19 @@ def of_two(rank: int, group: Any) -> dict[str, Any]:
         return ""
 
     # Ranks that want different numbers of stages take as many.
-    found["different stages"] = op(*given, name, stages=1 + 3 * rank)
+    found["different stages"] = FORWARD(*given, name, stages=1 + 3 * rank)
     found["known before"] = overlap.known(group, torch.float32)
-    found["automatic"] = op(*given, name), op(*given, name, stages=0 if rank else 2)
+    found["automatic"] = FORWARD(*given, name), FORWARD(*given, name, stages=0 if rank else 2)
     found["known"] = overlap.known(group, torch.float32)
 
     leaves = [t.clone().requires_grad_() for t in given[:4]]
-    y = op(*leaves, given[4], name, stages=2)
+    y = FORWARD(*leaves, given[4], name, stages=2)
     y.backward(layer.grad(2)[layer.slices(2)[rank]])
     found["autograd"] = [y.detach(), *(t.grad for t in leaves)]
     torch._dynamo.reset()
     again = [t.clone().requires_grad_() for t in given[:4]]
     compiled = torch.compile(
-        lambda x, w13, w2, weights: op(x, w13, w2, weights, given[4], name, stages=2) * 1,
+        lambda x, w13, w2, weights: FORWARD(x, w13, w2, weights, given[4], name, stages=2) * 1,
         backend="aot_eager",
         fullgraph=True,
     )
@@ -157,7 +157,7 @@ def of_two(rank: int, group: Any) -> dict[str, Any]:
         "weights": (x, w13[0, 0], w2, weights, ids),
     }
     for what, args in wrong.items():
-        found[f"wrong {what}"] = said(lambda args=args: op(*(args if rank else given), name))
+        found[f"wrong {what}"] = said(lambda args=args: FORWARD(*(args if rank else given), name))
     other = {
         "columns of x": (x[:, :8], w13[..., :8], w2[:, :8], weights, ids),
         "experts": (x, w13[:4], w2[:4], weights, ids.clamp(max=7)),
@@ -165,9 +165,9 @@ def of_two(rank: int, group: Any) -> dict[str, Any]:
         "dtype": (x.half(), w13.half(), w2.half(), weights, ids),
     }
     for what, args in other.items():
-        found[f"other {what}"] = said(lambda args=args: op(*(args if rank else given), name))
-    found["no group"] = said(lambda: op(*given, "nobody"))
-    found["afterwards"] = op(*given, name, stages=2)
+        found[f"other {what}"] = said(lambda args=args: FORWARD(*(args if rank else given), name))
+    found["no group"] = said(lambda: FORWARD(*given, "nobody"))
+    found["afterwards"] = FORWARD(*given, name, stages=2)
     return found
 
 
@@ -305,7 +305,7 @@ TIMEOUT = 5.0
 def rank_that_waits(rank: int, groups: Groups, ends: bool) -> tuple[str, float] | None:
     given = LAYERS["skewed"].of(rank, 2)
     name = groups[2].group_name
-    torch.ops.effk.moe_mlp_ep(*given, name, stages=2)
+    FORWARD(*given, name, stages=2)
     start = time.monotonic()
     if rank == 1:
         if ends:
@@ -313,7 +313,7 @@ def rank_that_waits(rank: int, groups: Groups, ends: bool) -> tuple[str, float] 
         time.sleep(3 * TIMEOUT)
         os._exit(LOST)
     try:
-        torch.ops.effk.moe_mlp_ep(*given, name, stages=2)
+        FORWARD(*given, name, stages=2)
     except RuntimeError as error:
         said = str(error), time.monotonic() - start
         torch.save(said, f"{os.environ['EFFK_TEST_FOLDER']}/0.pt")
