@@ -483,7 +483,7 @@ def make_ep(problem: Problem, device: torch.device) -> Work:
     size = {k: v for k, v in problem.size.items() if k not in ("ranks", "caches")}
     alone = make_mlp(Problem("moe_mlp", size, make_mlp, {}, {}), device)
     ranks(RANKS).forget()
-    if overlap.known(world(), alone.dtype) is None:  # which the first call would do
+    if overlap.known(world(), alone.dtype, device) is None:  # which the first call would do
         ranks(RANKS).call(calibration, alone.dtype)()
         ranks(RANKS).forget()
     gradients = problem.op == "moe_mlp_ep_backward"

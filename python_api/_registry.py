@@ -37,6 +37,7 @@ class Op:
         triton: "module:function" of the Triton implementation, or None where the op declares none.
         composite: the reference, made of torch's own kernels, is the implementation on every device.
         setup_context, backward: of autograd, or None for an op without gradients.
+        collective: other processes wait for each call.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Op:
     composite: bool = False
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
+    collective: bool = False
 
     @property
     def family(self) -> str:
@@ -98,6 +100,9 @@ def _register(op: Op) -> None:
     _library_impl.impl(op.name, op.reference if op.composite else _with_warning(op), "CompositeExplicitAutograd")
     if op.written:
         _library_impl.impl(op.name, _counting_versions(op), "ADInplaceOrView", with_keyset=True)
+    if op.collective:  # so that compilers keep all calls: also those of no use here, and equal ones
+        effects = torch._higher_order_ops.effects
+        effects._register_effectful_op(op.overload, effects._EffectType.ORDERED)
 
     forced = os.environ.get("EFFK_BACKEND", "")
     if forced == "reference":

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,8 +33,6 @@ from . import gradients, overlap, reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
-
-MARK = 0xEFF4
 
 
 # --- The group --------------------------------------------------------------------------------------------------------
@@ -59,6 +58,7 @@ def exchange(
 
 SAME = ("columns of x", "rows of w13", "columns of w2", "experts", "experts of a token", "dtype", "activation")
 DTYPE = SAME.index("dtype")
+NAMES = {"dtype": FLOATS, "activation": tuple(reference.ACTIVATIONS)}  # of the numbers that are exchanged
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,10 @@ def agree(
     """
     ranks = group.size()
     dtype = FLOATS[said[DTYPE]]
-    costs = overlap.known(group, dtype)
-    rest = (*said, tokens, stages, int(costs is not None))
-    rows = [(MARK, int(wrong is not None), visits[r] if visits else 0, *rest) for r in range(ranks)]
+    costs = overlap.known(group, dtype, device)
+    mark = zlib.crc32(op.encode())
+    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()))
+    rows = [(mark, int(wrong is not None), visits[r] if visits else 0, *rest) for r in range(ranks)]
     sent = torch.tensor(rows, dtype=torch.int64, device=device)
     received = torch.empty_like(sent)
     one = [1] * ranks
@@ -101,7 +102,7 @@ def agree(
     if wrong is not None:
         raise wrong
     for r, row in enumerate(found):
-        if row[0] != MARK:
+        if row[0] != mark:
             raise RuntimeError(f"effk::{op}: rank {r} of the group is in another call")
         if row[1]:
             raise RuntimeError(f"effk::{op}: rank {r} of the group has refused its arguments")
@@ -109,9 +110,9 @@ def agree(
     for i, name in enumerate(SAME, 3):
         for r, row in enumerate(found):
             if row[i] != mine[i]:
+                theirs, own = (NAMES.get(name, range(row[i] + mine[i] + 1))[v] for v in (row[i], mine[i]))
                 raise RuntimeError(
-                    f"effk::{op}: rank {r} of the group has {row[i]} for the {name}, this one {mine[i]}; "
-                    "wanted the same"
+                    f"effk::{op}: rank {r} of the group has {theirs} for the {name}, this one {own}; wanted the same"
                 )
     at = 3 + len(SAME)
     cols, rows13, inner, experts, pairs, *_ = said
@@ -121,7 +122,7 @@ def agree(
     elif ranks == 1 or experts < 2:
         chosen = 1
     else:
-        if costs is None or not all(row[at + 2] for row in found):
+        if costs is None or any(row[at + 2] != mine[at + 2] for row in found):
             costs = overlap.calibrate(group, dtype, device)
         mean = sum(row[at] for row in found) / ranks
         load = overlap.Load(mean, ranks, experts * ranks, pairs, cols, inner, rows13 != inner, dtype.itemsize)
@@ -214,8 +215,9 @@ class Stages:
         stages = len(bounds) - 1
         stage = torch.nn.functional.pad(stage_of_experts(bounds, local.device), (0, 1))[local.long()]
         there = local >= 0
-        first = torch.where(there, stage, stages - 1).amin(-1) if local.shape[-1] else rank
-        last = torch.where(there, stage, 0).amax(-1) if local.shape[-1] else rank
+        first, last = rank, rank
+        if len(local):  # without pairs there are no visits
+            first, last = torch.where(there, stage, stages - 1).amin(-1), torch.where(there, stage, 0).amax(-1)
         begin, end = first * ranks + rank, last * ranks + rank
         return cls(
             begin.argsort(stable=True),
@@ -463,19 +465,29 @@ def moe_mlp_ep_backward(
     of_weights = x.new_zeros(len(perm), dtype=torch.float32)
 
     def compute(rows: Tensor, begin: int, end: int) -> None:
-        some, of_experts = slice(ends[begin], ends[end]), slice(begin, end)
-        if some.start == some.stop:
-            grad_w13[of_experts], grad_w2[of_experts] = 0, 0
-            return
-        part = offsets[of_experts] - some.start
-        # A row more, which no expert has: torch's functions of one row alone may round otherwise than of several.
-        rows_of, shares = (torch.cat([t[some], t[some][-1:]]) for t in (token, weight))
-        of_x, of_w13, of_w2, of_weight = gradients.of_layer(
-            rows[:, :cols], rows[:, cols:], w13[of_experts], w2[of_experts], shares, rows_of, part, activation
-        )
-        assert of_x is not None and of_w13 is not None and of_w2 is not None and of_weight is not None  # all wanted
-        of_rows[some], of_weights[some] = of_x[:-1], of_weight[:-1]
-        grad_w13[of_experts], grad_w2[of_experts] = of_w13, of_w2
+        # torch's functions of elements round by where in a tensor one is. On a CPU experts come one by one, so that no
+        # stage changes that; and with a row more, which none of them has, since one row is a case of its own.
+        step = 1 if x.device.type == "cpu" else max(1, end - begin)
+        for first in range(begin, end, step):
+            experts = slice(first, first + step)
+            some = slice(ends[first], ends[first + step])
+            if some.start == some.stop:
+                grad_w13[experts], grad_w2[experts] = 0, 0
+                continue
+            shares, tokens_of = (torch.cat([t[some], t[some][-1:]]) for t in (weight, token))
+            of_x, of_w13, of_w2, of_weight = gradients.of_layer(
+                rows[:, :cols],
+                rows[:, cols:],
+                w13[experts],
+                w2[experts],
+                shares,
+                tokens_of,
+                offsets[experts] - some.start,
+                activation,
+            )
+            assert of_x is not None and of_w13 is not None and of_w2 is not None and of_weight is not None  # wanted
+            of_rows[some], of_weights[some] = of_x[:-1], of_weight[:-1]
+            grad_w13[experts], grad_w2[experts] = of_w13, of_w2
 
     # Of visits by the place where they arrived.
     by_arrival = torch.empty_like(inverse)

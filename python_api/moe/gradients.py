@@ -209,5 +209,7 @@ def mlp_ep_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def mlp_ep_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("effk::moe_mlp_ep has no second derivatives: differentiate without create_graph")
     found = torch.ops.effk.moe_mlp_ep_backward(grad, *ctx.saved_tensors, ctx.group, **ctx.options)
     return (*found, None, None)

@@ -28,7 +28,8 @@ class MoEMLP(nn.Module):
 
     With `group`, the experts are shared out over its ranks and computed by `effk.moe.mlp_ep`: each rank holds its own,
     every rank has the router, and all have to call the layer together, each with tokens of its own. A rank's
-    state_dict has its experts.
+    state_dict has its experts. From the same seed on all ranks, routers are alike and experts those that one process
+    would have: each rank draws all and keeps its own.
 
     Weights and x share a dtype: float32, float16 or bfloat16. Under autocast x is cast to that of the weights, and y
     to that of x.
@@ -58,7 +59,7 @@ class MoEMLP(nn.Module):
 
     Raises:
         ValueError: an unknown activation, gemm or score; k isn't from 1 to num_experts; `balance` without a router;
-            num_experts isn't a multiple of the group's ranks.
+            num_experts isn't a multiple of the group's ranks; `group` isn't one that this process is in.
     """
 
     expert_bias: Tensor | None
@@ -93,6 +94,8 @@ class MoEMLP(nn.Module):
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
         self.k, self.activation, self.gemm = k, activation, gemm
         self.score, self.renormalize, self.scale = score, renormalize, scale
+        if group is not None and not hasattr(group, "group_name"):  # what new_group gives to those outside
+            raise ValueError(f"group is {group!r}; wanted a process group that this process is in")
         self.group, self.stages = None if group is None else group.group_name, stages
         self.rank, self.ranks = (0, 1) if group is None else (group.rank(), group.size())
         if num_experts % self.ranks:
@@ -116,9 +119,12 @@ class MoEMLP(nn.Module):
 
     def _reset_experts(self) -> None:
         with torch.no_grad():
+            first = self.rank * len(self.w13)
             for w in (self.w13, self.w2):
                 bound = max(1, w.shape[2]) ** -0.5
-                w.uniform_(-bound, bound)
+                other = torch.empty_like(w[:1])  # of which nothing is kept
+                for e in range(self.num_experts):
+                    (w[e - first] if first <= e < first + len(w) else other).uniform_(-bound, bound)
             if self.expert_bias is not None:
                 self.expert_bias.zero_()
 

@@ -341,6 +341,7 @@ def moe_mlp_(
     composite=True,
     setup_context=gradients.mlp_ep_context,
     backward=gradients.mlp_ep_backward,
+    collective=True,
 )
 def moe_mlp_ep(
     x: Tensor,
@@ -393,6 +394,7 @@ def moe_mlp_ep(
     fake=_fake_mlp_ep_backward,
     triton=None,
     composite=True,
+    collective=True,
 )
 def moe_mlp_ep_backward(
     grad: Tensor,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -175,11 +176,12 @@ def best_stages(load: Load, costs: Costs) -> int:
 
 # --- Measured ---------------------------------------------------------------------------------------------------------
 
-_known: dict[tuple[str, torch.dtype], Costs] = {}
+# By the group itself: names come again.
+_known: WeakKeyDictionary[ProcessGroup, dict[tuple[torch.dtype, str], Costs]] = WeakKeyDictionary()
 
 
-def known(group: ProcessGroup, dtype: torch.dtype) -> Costs | None:
-    return _known.get((group.group_name, dtype))
+def known(group: ProcessGroup, dtype: torch.dtype, device: torch.device) -> Costs | None:
+    return _known.get(group, {}).get((dtype, device.type))
 
 
 # What is timed: products of so many rows an expert, of more weights than caches near a core hold; and a layer without
@@ -189,16 +191,22 @@ EXPERTS, COLS, INNER = 16, 2048, 768
 SMALL_EXPERTS = 4
 
 
+def _random(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Numbers of a generator of their own, so that a calibration changes nobody else's."""
+    generator = torch.Generator(device).manual_seed(0)
+    return functools.partial(torch.randn, generator=generator, device=device, dtype=dtype)
+
+
 class _Products:
     """Calls of EXPERTS experts with so many rows each."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         most = EXPERTS * max(ROWS)
-        random = functools.partial(torch.randn, device=device, dtype=dtype)
+        random = _random(dtype, device)
         self.x, self.w13, self.w2 = random(most, COLS), random(EXPERTS, 2 * INNER, COLS), random(EXPERTS, COLS, INNER)
-        self.weights = torch.ones(most, 1, device=device)
+        self.weights = torch.ones(most, 1, device=device, dtype=torch.float32)
         self.ids = (torch.arange(most, device=device) % EXPERTS)[:, None]
-        self.y = torch.zeros(most, COLS, device=device)
+        self.y = torch.zeros(most, COLS, device=device, dtype=torch.float32)
 
     def __call__(self, rows: int) -> None:
         y, x, weights, ids = (t[: EXPERTS * rows] for t in (self.y, self.x, self.weights, self.ids))
@@ -208,9 +216,10 @@ class _Products:
 def _small_layer(ranks: int, dtype: torch.dtype, device: torch.device, group: str) -> Callable[..., Tensor]:
     """A layer over ranks, of a token that has experts in all stages of all of them."""
     experts, cols, inner = SMALL_EXPERTS * ranks, 8, 8
-    random = functools.partial(torch.randn, device=device)
-    w13, w2 = random(SMALL_EXPERTS, 2 * inner, cols).to(dtype), random(SMALL_EXPERTS, cols, inner).to(dtype)
-    given = (random(1, cols).to(dtype), w13, w2, random(1, experts), torch.arange(experts, device=device)[None], group)
+    random = _random(dtype, device)
+    w13, w2 = random(SMALL_EXPERTS, 2 * inner, cols), random(SMALL_EXPERTS, cols, inner)
+    ids = torch.arange(experts, device=device)[None]
+    given = (random(1, cols), w13, w2, random(1, experts).float(), ids, group)
     return functools.partial(torch.ops.effk.moe_mlp_ep, *given)
 
 
@@ -259,7 +268,7 @@ def calibrate(
         return [v / ranks for v in found[0].tolist()]
 
     def exchange(rows: int) -> Callable[[], Any]:
-        sent = torch.ones(rows * ranks, COLS, device=device).to(dtype)
+        sent = torch.ones(rows * ranks, COLS, device=device, dtype=dtype)
         received = torch.empty_like(sent)
         return lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)
 
@@ -282,6 +291,6 @@ def calibrate(
         hidden=min(1.0, max(0.0, (alone + products[-1] - both) / min(alone, products[-1]))),
         products=tuple((float(r), seconds / elements) for r, seconds in zip(ROWS, products, strict=True)),
     )
-    _known[group.group_name, dtype] = costs
+    _known.setdefault(group, {})[dtype, device.type] = costs
     log.info("effk: costs of group %r for %s: %s", group.group_name, dtype, costs)
     return costs

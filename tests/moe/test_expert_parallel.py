@@ -79,6 +79,7 @@ LAYERS = {
     "usual": Layer(),
     "half": Layer(dtype=torch.float16, activation="geglu", index=torch.int32),
     "bfloat16": Layer((33, 20, 0, 64), experts=4, cols=40, inner=24, dtype=torch.bfloat16, layout="strided"),
+    "transposed": Layer(layout="transposed"),
     "one expert": Layer((6, 9, 3, 4), experts=1, activation="relu2"),
     "all to one": Layer((17, 4, 2, 9), load="one", none=0.0),
     "skewed": Layer((40, 40, 40, 40), experts=5, load="skewed", pairs=6),
@@ -105,8 +106,23 @@ def rank_of_all(rank: int, groups: Groups) -> dict[Any, Any]:
                 y,
                 *BACKWARD(grad, *given, group, stages=stages, **options),
             )
+    if rank == 0:
+        found["threads"] = of_threads(groups[1].group_name)
     if rank < 2:
         found |= of_two(rank, groups[2])
+    return found
+
+
+def of_threads(name: str) -> list[list[Tensor]]:
+    """By one stage and three, with threads that share out elements in parts that end anywhere."""
+    layer = Layer((3000, 0, 0, 0), experts=8, cols=16, inner=771, pairs=2, activation="geglu")
+    given, grad = layer.of(0, 1), layer.grad(1)
+    torch.set_num_threads(2)
+    found = []
+    for stages in (1, 3):
+        options: dict[str, Any] = {"stages": stages, "activation": layer.activation}
+        found.append([FORWARD(*given, name, **options), *BACKWARD(grad, *given, name, **options)])
+    torch.set_num_threads(1)
     return found
 
 
@@ -124,9 +140,11 @@ def of_two(rank: int, group: Any) -> dict[str, Any]:
 
     # Ranks that want different numbers of stages take as many.
     found["different stages"] = FORWARD(*given, name, stages=1 + 3 * rank)
-    found["known before"] = overlap.known(group, torch.float32)
+    found["known before"] = overlap.known(group, torch.float32, torch.device("cpu"))
+    state = torch.get_rng_state()
     found["automatic"] = FORWARD(*given, name), FORWARD(*given, name, stages=0 if rank else 2)
-    found["known"] = overlap.known(group, torch.float32)
+    found["random numbers"] = same_bits(state, torch.get_rng_state())
+    found["known"] = overlap.known(group, torch.float32, torch.device("cpu"))
 
     leaves = [t.clone().requires_grad_() for t in given[:4]]
     y = FORWARD(*leaves, given[4], name, stages=2)
@@ -142,6 +160,40 @@ def of_two(rank: int, group: Any) -> dict[str, Any]:
     y = compiled(*again)
     y.backward(layer.grad(2)[layer.slices(2)[rank]])
     found["compiled"] = [y.detach(), *(t.grad for t in again)]
+
+    # Calls that a compiler might leave out: without a use, twice the same, and of no tokens.
+    def unused(x: Tensor) -> Tensor:
+        y = FORWARD(x, *given[1:], name, stages=1)
+        return x * 2 if rank else y
+
+    def twice(x: Tensor, other: Tensor) -> Tensor:
+        return FORWARD(x, *given[1:], name, stages=1) + FORWARD(other, *given[1:], name, stages=1)
+
+    def residual(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return x + FORWARD(x, *given[1:3], weights, ids, name, stages=1)
+
+    whole = functools.partial(torch.compile, fullgraph=True)
+    with torch.no_grad():
+        found["unused"] = whole(unused, backend="aot_eager")(given[0])
+        found["twice"] = whole(twice, backend="aot_eager")(given[0], given[0] if rank else given[0] / 2)
+        some = slice(0, None if rank else 0)
+        found["no tokens"] = whole(residual)(*(t[some] for t in (given[0], *given[3:])))
+
+    # Of a second derivative, and of a call that isn't the others'.
+    leaf = given[0].clone().requires_grad_()
+    y = FORWARD(leaf, *given[1:], name, stages=1)
+    found["second"] = said(lambda: torch.autograd.grad(y.square().sum(), leaf, create_graph=True))
+    found["crossed"] = said(lambda: BACKWARD(given[0], *given, name) if rank else FORWARD(*given, name))
+
+    torch.manual_seed(3)
+    seeded = effk.moe.MoEMLP(8, 5, 6, 2, group=group)
+    torch.manual_seed(3)
+    alone = effk.moe.MoEMLP(8, 5, 6, 2)
+    found["seeded"] = [
+        same_bits(a.data, b.data[3 * rank : 3 * rank + 3])
+        for a, b in zip((seeded.w13, seeded.w2), (alone.w13, alone.w2), strict=True)
+    ]
+    found["routers"] = seeded.router.weight.detach()
 
     module = effk.moe.MoEMLP(layer.cols, layer.inner, 2 * layer.experts, layer.pairs, router=False, group=group)
     with torch.no_grad():
@@ -254,6 +306,7 @@ def test_least_number_of_stages_is_agreed_on(found: list[dict[Any, Any]]) -> Non
 
 def test_automatic_stages(found: list[dict[Any, Any]]) -> None:
     """Measured by the first call without a number; the same costs on all ranks, and the same result."""
+    assert all(found[rank]["random numbers"] for rank in range(2))
     assert [found[rank]["known before"] for rank in range(2)] == [None, None]
     assert found[0]["known"] == found[1]["known"] is not None
     for rank, y in itertools.product(range(2), (0, 1)):
@@ -285,6 +338,47 @@ def test_all_refuse_what_differs(found: list[dict[Any, Any]], what: str) -> None
     for rank in range(2):
         assert f"rank {1 - rank} of the group has" in found[rank][f"other {what}"]
         assert f"for the {what}" in found[rank][f"other {what}"]
+
+
+def test_numbers_that_are_exchanged_have_names(found: list[dict[Any, Any]]) -> None:
+    assert "has torch.float16 for the dtype, this one torch.float32" in found[0]["other dtype"]
+
+
+def test_threads_and_stages_change_no_bit(found: list[dict[Any, Any]]) -> None:
+    assert all(same_bits(a, b) for a, b in zip(*found[0]["threads"], strict=True))
+
+
+def test_compilers_keep_all_calls(found: list[dict[Any, Any]]) -> None:
+    """Those without a use, equal ones, and those of no tokens: the other rank waits for them."""
+    for rank in range(2):
+        x, y = LAYERS["skewed"].of(rank, 2)[0], found[rank][2, "skewed", 1][0]
+        assert same_bits(found[rank]["unused"], x * 2 if rank else y)
+        if rank:
+            assert same_bits(found[rank]["twice"], y + y)
+            assert found[rank]["no tokens"].shape == x.shape
+    assert found[0]["no tokens"].shape == (0, 9)
+
+
+def test_second_derivatives_are_refused(found: list[dict[Any, Any]]) -> None:
+    for rank in range(2):
+        assert "no second derivatives" in found[rank]["second"]
+
+
+def test_another_call(found: list[dict[Any, Any]]) -> None:
+    for rank in range(2):
+        assert f"rank {1 - rank} of the group is in another call" in found[rank]["crossed"]
+
+
+def test_experts_of_a_seed(found: list[dict[Any, Any]]) -> None:
+    """Are those of one process, shared out."""
+    assert [found[rank]["seeded"] for rank in range(2)] == [[True, True]] * 2
+    assert same_bits(found[0]["routers"], found[1]["routers"])
+
+
+def test_group_that_isnt_one() -> None:
+    for group in (-100, "0"):
+        with pytest.raises(ValueError, match="wanted a process group"):
+            effk.moe.MoEMLP(8, 5, 6, 2, group=group)
 
 
 def test_unknown_group(found: list[dict[Any, Any]]) -> None:
