@@ -13,6 +13,7 @@ from torch import Tensor
 from .._progress import progress_bar
 from . import levenberg_marquardt, reference
 from .levenberg_marquardt import Iteration, Options
+from .models import INTRINSICS
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("effk")
 
-NEWTON_STEPS, PIXEL_TOLERANCE = 12, 1e-6  # of undoing distortions; pixels
+NEWTON_STEPS, PIXEL_TOLERANCE = 40, 1e-6  # of undoing distortions, at most; pixels
 
 Callback = Callable[[Iteration], "bool | None"]
 
@@ -237,18 +238,8 @@ def to_directions(problem: Problem) -> Problem:
     _, translation, intrinsics = reference.parts(problem.cameras, problem.num_parameters)
     centres = -(turn.mT @ translation[..., None]).squeeze(-1)
     ahead = -1.0 if problem.model == "snavely" else 1.0
-    intrinsics, pixels = intrinsics[index], problem.observations.double()
-
-    def pixel(xy: Tensor, k: Tensor) -> Tensor:
-        return reference.project(problem.model, torch.cat([xy, xy.new_full((1,), ahead)]), k)[0]
-
-    xy = torch.zeros_like(pixels)
-    for _ in range(NEWTON_STEPS):
-        error = torch.func.vmap(pixel)(xy, intrinsics) - pixels
-        slope = torch.func.vmap(torch.func.jacfwd(pixel))(xy, intrinsics)
-        xy = xy - torch.linalg.solve_ex(slope, error[..., None])[0].squeeze(-1)
-    error = (torch.func.vmap(pixel)(xy, intrinsics) - pixels).norm(dim=1)
-    if len(bad := (~(error < PIXEL_TOLERANCE)).nonzero()):
+    xy, undone = _undistorted(problem, intrinsics[index], ahead)
+    if len(bad := (~undone).nonzero()):
         raise ValueError(f"observation {int(bad[0])} is where its camera's distortion can't be undone")
     rays = torch.cat([xy, torch.full_like(xy[:, :1], ahead)], 1)
     directions = (turn[index].mT @ torch.nn.functional.normalize(rays, dim=1)[..., None]).squeeze(-1)
@@ -262,3 +253,45 @@ def to_directions(problem: Problem) -> Problem:
         "position",
         fixed_points=problem.fixed_points,
     )
+
+
+def _undistorted(problem: Problem, intrinsics: Tensor, ahead: float) -> tuple[Tensor, Tensor]:
+    """Where pixels [O, 2] would be without distortion, in the plane that is `ahead`, and which of them that is true of.
+
+    A distortion may take several places to a pixel. Wanted is the one before the image folds over, counted from its
+    middle: Newton's method goes there from the middle if no step leaves the side of the fold on which it began.
+    """
+    pixels = problem.observations.double()
+
+    def project(xy: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        pixel = reference.project(problem.model, torch.cat([xy, xy.new_full((1,), ahead)]), k)[0]
+        return pixel, pixel
+
+    def look(xy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope, pixel = torch.func.vmap(torch.func.jacfwd(project, has_aux=True))(xy, intrinsics)
+        error = pixel - pixels
+        return slope, error, error.norm(dim=1)
+
+    xy = torch.zeros_like(pixels)
+    if not len(xy):
+        return xy, xy.new_ones(0, dtype=torch.bool)
+    slope, error, off = look(xy)
+    side = torch.linalg.det(slope).sign()
+    share = torch.ones_like(off)
+    for _ in range(NEWTON_STEPS):
+        ends = bool((off < PIXEL_TOLERANCE).all())  # with one step more, which doubles the digits
+        trial = xy - share[:, None] * torch.linalg.solve_ex(slope, error[..., None])[0].squeeze(-1)
+        found = look(trial)
+        better = (found[2] < off) & (torch.linalg.det(found[0]) * side > 0)
+        xy = torch.where(better[:, None], trial, xy)
+        slope = torch.where(better[:, None, None], found[0], slope)
+        error, off = torch.where(better[:, None], found[1], error), torch.where(better, found[2], off)
+        share = torch.where(better, (2 * share).clamp(max=1), share / 2)
+        if ends:
+            break
+    # A long step may have crossed two folds.
+    k = dict(zip(INTRINSICS[problem.model], intrinsics.unbind(1), strict=True))
+    k1, k2 = k.get("k1", k.get("k", torch.zeros_like(off))), k.get("k2", torch.zeros_like(off))
+    n = xy.square().sum(1)
+    n = torch.where(k2 > 0, torch.minimum(n, (-0.3 * k1 / k2).clamp(min=0)), n)  # where the radius grows least
+    return xy, (off < PIXEL_TOLERANCE) & (1 + n * (3 * k1 + 5 * k2 * n) > 0)

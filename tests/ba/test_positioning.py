@@ -247,6 +247,54 @@ def test_distortion_that_cannot_be_undone() -> None:
     assert same_bits(problem.points, before.points) and same_bits(problem.cameras, before.cameras)
 
 
+def through(model: str, k: list[float], seen: Tensor) -> Problem:
+    """One camera, at 0 and not turned."""
+    count = len(seen)
+    camera = torch.tensor([[0.0] * 6 + k], dtype=torch.float64)
+    index = torch.arange(count, dtype=torch.int32)
+    return Problem(camera, torch.ones(count, 3, dtype=torch.float64), seen, torch.zeros_like(index), index, model)
+
+
+@pytest.mark.parametrize(
+    ("model", "k", "farthest"),
+    [
+        ("snavely", [1000.0, -0.1, 0.0], (1 / 0.3) ** 0.5),
+        ("snavely", [1000.0, 0.4, -0.3], 1.1442),  # 1 + 1.2 n - 1.5 n^2 is 0
+        ("snavely", [1000.0, 5.0, 20.0], 2.0),
+        ("simple_radial", [1000.0, 9.0, -7.0, -0.5], (1 / 1.5) ** 0.5),
+        ("simple_radial", [1000.0, 9.0, -7.0, -0.3], (1 / 0.9) ** 0.5),
+        ("simple_radial", [-1000.0, 9.0, -7.0, -0.1], (1 / 0.3) ** 0.5),
+        # 1 - 2.4 n + 1.25 n^2 is less than 0 from n = 0.61 to 1.31, and then the image unfolds again.
+        ("radial", [1000.0, 9.0, -7.0, -0.8, 0.25], 0.7813),
+        ("radial", [1000.0, 9.0, -7.0, -0.2, 0.05], 2.0),
+        ("opencv", [1000.0, 1100.0, 9.0, -7.0, -0.3, 0.0, 1e-3, -2e-3], 1.05),
+        ("opencv", [1000.0, 1100.0, 9.0, -7.0, -0.8, 0.25, 1e-3, -2e-3], 0.7813),
+    ],
+)
+def test_distortion_is_undone_up_to_its_fold(model: str, k: list[float], farthest: float) -> None:
+    """Nearer directions come back, and pixels that only others have, mirrored or beyond the fold, are refused."""
+    angle = torch.arange(24, dtype=torch.float64)[:, None, None] * (math.pi / 12)
+    around = torch.cat([angle.cos(), angle.sin(), torch.ones_like(angle)], -1)
+    if model == "snavely":
+        around = around * torch.tensor([1.0, 1.0, -1.0])
+    radius = farthest * torch.tensor([0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98], dtype=torch.float64)
+    away = (around * torch.tensor([1.0, 1.0, 0.0]) * radius[:, None] + around * torch.tensor([0.0, 0.0, 1.0])).view(
+        -1, 3
+    )
+    kept = torch.tensor([k], dtype=torch.float64)
+    made = to_directions(through(model, k, pixels(model, away, kept)))
+    v = made.observations
+    torch.testing.assert_close(v / v[:, 2:] * away[:, 2:], away, rtol=1e-7, atol=1e-9)
+    if farthest == 2:  # it has no fold
+        return
+    edge = around[::6, 0] * torch.tensor([farthest, farthest, 1.0])
+    middle = pixels(model, around[:1, 0] * torch.tensor([0.0, 0.0, 1.0]), kept)
+    far = torch.tensor([[1.01], [1.1], [1.5], [30.0]])
+    for seen in middle + far * (pixels(model, edge, kept) - middle):
+        with pytest.raises(ValueError, match="observation 0 is where its camera's distortion can't be undone"):
+            to_directions(through(model, k, seen[None]))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
