@@ -184,14 +184,17 @@ def solve(
     return summary
 
 
+@torch.no_grad()
 def position_globally(problem: Problem, *, seed: int = 0, start: bool = True, **options: Any) -> Summary:
     """Camera centres and points of a problem from its rotations and pixels alone, in place (GLOMAP, InstantSfM).
 
     The pixels become directions by the model and the rotations; `gp_solve` finds centres and points, up to a shift and
-    a scale, and the translations follow.
+    a scale, and the translations follow. `depth` and `positions` aren't used. An exception, Ctrl-C too, leaves the
+    problem as the last accepted step made it, and as it was if there was none.
 
     Args:
-        problem: rotations and intrinsics are kept; translations and points are changed.
+        problem: rotations and intrinsics are kept; translations and points are changed, but for those that are fixed or
+            that no observation is of. With several that are fixed, a random start rarely ends at the least cost.
         seed: of the random start, uniform in a cube of side 200.
         start: False begins with the centres and points that the problem has.
         **options: those of `gp_solve` and of `solve`.
@@ -200,24 +203,39 @@ def position_globally(problem: Problem, *, seed: int = 0, start: bool = True, **
         The `Summary` of the solve; its costs are those of directions.
 
     Raises:
-        ValueError: a problem with model "position" (which `solve` takes); a pixel whose distortion can't be undone.
+        ValueError: a problem with model "position" (which `solve` takes); a pixel whose distortion can't be undone;
+            translations that are tied, or fixed in part.
         RuntimeError: as `gp_solve`.
     """
     directions = to_directions(problem)
+    cameras, points = _seen(problem.camera_index, problem.cameras), _seen(problem.point_index, problem.points)
+    if directions.columns is not None:
+        cameras &= directions.columns[:, 0] >= 0
+    if problem.fixed_points is not None:
+        points &= ~problem.fixed_points
     if start:
         draw = torch.Generator().manual_seed(seed)
-        for t in (directions.cameras, directions.points):
-            t.copy_(200 * (torch.rand(t.shape, generator=draw, dtype=torch.float64) - 0.5))
-        if problem.fixed_points is not None:
-            directions.points[problem.fixed_points] = problem.points[problem.fixed_points]
-    summary = solve(directions, **{"loss": "huber", "loss_scale": 0.1, **options})
-    turn = levenberg_marquardt.rotations(problem.cameras, problem.num_parameters)
-    first = _rotation_columns(problem)
-    problem.cameras[:, first : first + 3] = (
-        -(turn @ directions.cameras.double()[..., None]).squeeze(-1).to(problem.cameras.dtype)
-    )
-    problem.points.copy_(directions.points)
+        for t, free in ((directions.cameras, cameras), (directions.points, points)):
+            places = 200 * (torch.rand(t.shape, generator=draw, dtype=torch.float64) - 0.5)
+            t.copy_(torch.where(free[:, None], places.to(t), t))
+    before = directions.cameras.clone(), directions.points.clone()
+    moved = False
+    try:
+        summary = solve(directions, **{"loss": "huber", "loss_scale": 0.1, **options})
+        moved = True
+    finally:
+        if moved or not all(map(torch.equal, before, (directions.cameras, directions.points))):
+            turn = levenberg_marquardt.rotations(problem.cameras, problem.num_parameters)
+            translations = -(turn @ directions.cameras.double()[..., None]).squeeze(-1)
+            first = _rotation_columns(problem)
+            problem.cameras[cameras, first : first + 3] = translations[cameras].to(problem.cameras.dtype)
+            problem.points.copy_(directions.points)
     return summary
+
+
+def _seen(index: Tensor, of: Tensor) -> Tensor:
+    """[len(of)] bool"""
+    return torch.bincount(index, minlength=len(of)) > 0
 
 
 def _rotation_columns(problem: Problem) -> int:
@@ -228,11 +246,13 @@ def to_directions(problem: Problem) -> Problem:
     """The problem of model "position" for a problem's rotations, intrinsics and pixels, at its centres and points.
 
     Raises:
-        ValueError: the problem has model "position" already; a pixel is where the distortion can't be undone.
+        ValueError: the problem has model "position" already; a pixel is where the distortion can't be undone; columns
+            ties translations, or fixes a part of one, which fixes no centre.
     """
     if problem.model == "position":
         raise ValueError("the problem has model 'position' already")
     problem.check()
+    fixed = None if problem.columns is None else _fixed_centres(problem.columns)
     index = problem.camera_index.long()
     turn = levenberg_marquardt.rotations(problem.cameras, problem.num_parameters)
     _, translation, intrinsics = reference.parts(problem.cameras, problem.num_parameters)
@@ -244,7 +264,7 @@ def to_directions(problem: Problem) -> Problem:
     rays = torch.cat([xy, torch.full_like(xy[:, :1], ahead)], 1)
     directions = (turn[index].mT @ torch.nn.functional.normalize(rays, dim=1)[..., None]).squeeze(-1)
     dtype = problem.cameras.dtype
-    return Problem(
+    made = Problem(
         centres.to(dtype),
         problem.points.clone(),
         directions.to(dtype),
@@ -253,6 +273,20 @@ def to_directions(problem: Problem) -> Problem:
         "position",
         fixed_points=problem.fixed_points,
     )
+    if fixed is not None:
+        made.fix_cameras(fixed)
+    return made
+
+
+def _fixed_centres(columns: Tensor) -> Tensor:
+    """[C] bool. Rotations stay, so that a centre is fixed with the whole translation."""
+    fixed = columns[:, 3:6] < 0
+    if len(bad := (fixed.any(1) != fixed.all(1)).nonzero()):
+        raise ValueError(f"columns fixes a part of the translation of camera {int(bad[0])}; wanted all of it, or none")
+    uses = torch.bincount(columns[columns >= 0], minlength=1)
+    if len(bad := ((uses[columns[:, 3:6]] > 1) & ~fixed).any(1).nonzero()):
+        raise ValueError(f"columns ties the translation of camera {int(bad[0])}; wanted it free or fixed")
+    return fixed.all(1)
 
 
 def _undistorted(problem: Problem, intrinsics: Tensor, ahead: float) -> tuple[Tensor, Tensor]:

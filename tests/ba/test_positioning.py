@@ -218,6 +218,86 @@ def test_fixed_points_stay_where_they_are() -> None:
     assert same_bits(problem.points[::6], truth.points[::6])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_cameras_stay_where_they_are(dtype: torch.dtype) -> None:
+    """To the bit, and so the scene is where they say. Fixed intrinsics and rotations fix nothing else."""
+    truth = ring(0.0, model="simple_radial").to(dtype)
+    problem = truth.clone()
+    problem.fix_intrinsics()
+    problem.fix_cameras([0, 3, 4])
+    assert problem.columns is not None
+    problem.columns[1, :3] = -1
+    problem.columns = problem.columns.unique(return_inverse=True)[1] - 1
+    others = [1, 2, 5, 6, 7]
+    problem.cameras[others, 4:7] += torch.randn(5, 3, generator=generator(4)).to(dtype)
+    anywhere = problem.clone()
+    position_globally(anywhere, max_iterations=2)
+    position_globally(problem, start=False, gradient_tolerance=1e-14, max_iterations=300)
+    for found in (problem, anywhere):
+        assert same_bits(found.cameras[[0, 3, 4]], truth.cameras[[0, 3, 4]])
+        assert bool((found.cameras[others, 4:7] != truth.cameras[others, 4:7]).any(1).all())
+    assert kit.away(problem, truth, aligned=False) < (1e-4 if dtype == torch.float64 else 1e-2)
+
+
+def test_what_is_not_seen_stays_where_it_is() -> None:
+    problem = ring(0.5)
+    kept = (problem.camera_index != 2) & (problem.point_index != 7)
+    for name in ("observations", "camera_index", "point_index"):
+        setattr(problem, name, getattr(problem, name)[kept])
+    before = problem.clone()
+    position_globally(problem, max_iterations=2)
+    for name, row in (("cameras", 2), ("points", 7)):
+        t, old = getattr(problem, name), getattr(before, name)
+        assert same_bits(t[row], old[row]) and int((t != old).any(1).sum()) == len(t) - 1
+
+
+@pytest.mark.parametrize(("cameras", "points"), [(2, 3), (0, 0), (0, 3)])
+def test_no_observations(cameras: int, points: int) -> None:
+    none = torch.empty(0, dtype=torch.int32)
+    problem = Problem(torch.ones(cameras, 9), torch.ones(points, 3), torch.empty(0, 2), none, none)
+    summary = position_globally(problem)
+    assert summary.final_cost == 0 and (summary.cameras, summary.points) == (cameras, points)
+    assert bool((problem.cameras == 1).all()) and bool((problem.points == 1).all())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_one_keeps_its_last_step(error: type[BaseException]) -> None:
+    """And what there was before, rather than a random start, if there was no step."""
+    truth = ring(0.5)
+
+    def stopped(after: int) -> Problem:
+        problem, calls = truth.clone(), 0
+
+        def callback(_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise error
+
+        with pytest.raises(error):
+            position_globally(problem, callback=callback)
+        return problem
+
+    wanted = truth.clone()
+    position_globally(wanted, max_iterations=3)
+    found, untouched = stopped(3), stopped(0)
+    assert same_bits(found.cameras, wanted.cameras) and same_bits(found.points, wanted.points)
+    assert same_bits(untouched.cameras, truth.cameras) and same_bits(untouched.points, truth.points)
+    with pytest.raises(RuntimeError, match="max_iterations"):  # found before a solve begins
+        position_globally(untouched, max_iterations=-1)
+    assert same_bits(untouched.cameras, truth.cameras) and same_bits(untouched.points, truth.points)
+
+
+def test_parameters_of_a_model_that_is_trained() -> None:
+    problem, plain = ring(0.5), ring(0.5)
+    for t in (problem.cameras, problem.points, problem.observations):
+        t.requires_grad_()
+    for p in (problem, plain):
+        position_globally(p, max_iterations=3)
+    assert problem.cameras.requires_grad and problem.cameras.is_leaf
+    assert same_bits(problem.cameras.detach(), plain.cameras) and same_bits(problem.points.detach(), plain.points)
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +309,22 @@ def test_model_position_is_refused() -> None:
     with pytest.raises(ValueError, match="model 'position' already"):
         position_globally(made)
     assert same_bits(made.points, before.points)
+
+
+def test_columns_that_directions_cannot_have() -> None:
+    problem = ring(0.0)
+    columns = torch.arange(72).view(8, 9)
+    columns[3, 4] = -1
+    problem.columns = columns.unique(return_inverse=True)[1].view(8, 9) - 1
+    with pytest.raises(ValueError, match="columns fixes a part of the translation of camera 3; wanted all of it"):
+        position_globally(problem)
+    problem = ring(0.0)
+    problem.cameras[5, 3] = problem.cameras[6, 3]
+    columns = torch.arange(72).view(8, 9)
+    columns[6, 3] = columns[5, 3]
+    problem.columns = columns.unique(return_inverse=True)[1].view(8, 9)
+    with pytest.raises(ValueError, match="columns ties the translation of camera 5; wanted it free or fixed"):
+        position_globally(problem)
 
 
 def test_distortion_that_cannot_be_undone() -> None:
