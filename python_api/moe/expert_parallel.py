@@ -21,7 +21,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +58,7 @@ def exchange(
 
 SAME = ("columns of x", "rows of w13", "columns of w2", "experts", "experts of a token", "dtype", "activation")
 DTYPE = SAME.index("dtype")
+ROOM = 512  # int32 numbers of a message: 32 visits of 8 experts
 NAMES = {"dtype": FLOATS, "activation": tuple(reference.ACTIVATIONS)}  # of the numbers that are exchanged
 
 
@@ -67,6 +68,7 @@ class Agreed:
 
     visits: list[int]  # that each announces to this one
     stages: int
+    rows: Tensor | None  # all of what is announced, where it is little
 
 
 def agree(
@@ -74,17 +76,20 @@ def agree(
     group: ProcessGroup,
     wrong: Exception | None,
     said: tuple[int, ...],
-    visits: list[int],
+    visits: Visits | None,
     tokens: int,
     stages: int,
     device: torch.device,
 ) -> Agreed:
     """Exchanges a few numbers, so that all ranks raise where one would, and all take as many stages.
 
+    A message has the same size whatever is in it, and room for the announcement of a few visits, as in decoding, which
+    saves an exchange.
+
     Args:
         wrong: what this rank would raise.
         said: SAME of this rank.
-        visits: to each rank.
+        visits: of this rank's tokens; None where something is wrong.
         tokens: of this rank.
         stages: that it wants; 0: whatever is best.
     """
@@ -92,13 +97,21 @@ def agree(
     dtype = FLOATS[said[DTYPE]]
     costs = overlap.known(group, dtype, device)
     mark = zlib.crc32(op.encode())
-    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()))
-    rows = [(mark, int(wrong is not None), visits[r] if visits else 0, *rest) for r in range(ranks)]
-    sent = torch.tensor(rows, dtype=torch.int64, device=device)
+    counts = visits.counts if visits is not None else [0] * ranks
+    most = max(counts) * (visits.rows.shape[1] if visits is not None else 0)  # numbers for a rank
+    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()), most)
+    heads = torch.tensor([(mark, int(wrong is not None), count, *rest) for count in counts])
+    width = heads.shape[1]
+    sent = torch.zeros(ranks, width + ROOM // 2, dtype=torch.int64, device=device)
+    sent[:, :width] = heads
+    room = sent.view(torch.int32)[:, 2 * width :]
+    if visits is not None and most <= ROOM:
+        for r, rows in enumerate(visits.rows.split(counts)):
+            room[r, : rows.numel()] = rows.flatten()
     received = torch.empty_like(sent)
     one = [1] * ranks
     exchange(group, received, sent, one, one).wait()
-    found = received.tolist()
+    found = received[:, :width].tolist()
     if wrong is not None:
         raise wrong
     for r, row in enumerate(found):
@@ -127,7 +140,12 @@ def agree(
         mean = sum(row[at] for row in found) / ranks
         load = overlap.Load(mean, ranks, experts * ranks, pairs, cols, inner, rows13 != inner, dtype.itemsize)
         chosen = overlap.best_stages(load, costs)
-    return Agreed([row[2] for row in found], max(1, min(chosen, experts)))
+    agreed = Agreed([row[2] for row in found], max(1, min(chosen, experts)), None)
+    if any(row[at + 3] > ROOM for row in found):
+        return agreed
+    room = received.view(torch.int32)[:, 2 * width :]
+    parts = (room[r, : 2 * pairs * count].view(count, 2 * pairs) for r, count in enumerate(agreed.visits))
+    return replace(agreed, rows=torch.cat(list(parts)))
 
 
 # --- Who sends what where ---------------------------------------------------------------------------------------------
@@ -262,7 +280,7 @@ class Call:
         self.ranks = self.group.size()
         experts, k = (w2.shape or (0,))[0], (ids.shape or (0,))[-1]
         wrong: Exception | None = None
-        visits: list[int] = []
+        visits: Visits | None = None
         said, tokens = (0,) * len(SAME), 0
         try:
             check()
@@ -279,8 +297,7 @@ class Call:
                 check_range(op, "ids", ids, -1, experts * self.ranks - 1)
             tokens = math.prod(ids.shape[:-1])
             flat = ids.reshape(tokens, k).long().contiguous()
-            self.visits = Visits.of(weights.reshape(tokens, k).contiguous(), flat, experts, self.ranks)
-            visits = self.visits.counts
+            visits = Visits.of(weights.reshape(tokens, k).contiguous(), flat, experts, self.ranks)
         except Exception as error:  # the others have to hear of it, whatever it is
             wrong = error
         # One that is elsewhere has been refused by now; the others still have to hear of it.
@@ -288,9 +305,12 @@ class Call:
         agreed = agree(op, self.group, wrong, said, visits, tokens, stages, device)
         self.bounds = stage_bounds(experts, agreed.stages)
 
-        v = self.visits
-        rows = v.rows.new_empty(sum(agreed.visits), 2 * k)
-        exchange(self.group, rows, v.rows, agreed.visits, v.counts).wait()
+        assert visits is not None
+        self.visits = v = visits
+        rows = agreed.rows
+        if rows is None:
+            rows = v.rows.new_empty(sum(agreed.visits), 2 * k)
+            exchange(self.group, rows, v.rows, agreed.visits, v.counts).wait()
         source = torch.arange(self.ranks, device=x.device).repeat_interleave(
             torch.tensor(agreed.visits, device=x.device), output_size=len(rows)
         )
