@@ -33,6 +33,28 @@ POINT3D = np.dtype([("id", "<u8"), ("xyz", "<f8", 3), ("colour", "u1", 3), ("err
 TRACK = np.dtype("<u4")  # image, place among its 2D points
 
 
+def paths(folder: Path, binary: bool) -> list[Path]:
+    return [folder / f"{name}{'.bin' if binary else '.txt'}" for name in FILES]
+
+
+def is_binary(folder: Path) -> bool:
+    """Whether the model is in .bin files, which count more than .txt."""
+    for binary in (True, False):
+        if all(path.exists() for path in paths(folder, binary)):
+            return binary
+    raise FileNotFoundError(f"{folder} lacks some of {', '.join(FILES)}, as .bin and as .txt")
+
+
+def check_rivals(folder: Path, binary: bool) -> None:
+    """That COLMAP would read a model that is written there, and nothing else."""
+    suffix = ".bin" if binary else ".txt"
+    rivals = [f"rigs{suffix}", f"frames{suffix}"]  # whose poses count more than those of images
+    if not binary:
+        rivals += [f"{name}.bin" for name in FILES]
+    if found := [name for name in rivals if (folder / name).exists()]:
+        raise ValueError(f"{folder} has {', '.join(found)}, which would contradict the model; wanted another folder")
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """What the files of a COLMAP model hold: K cameras, C images of N 2D points, P points with O track elements."""
@@ -112,10 +134,8 @@ def _places(what: str, ids: Array, wanted: Array) -> Array:
 
 
 def one_model(cameras: Sequence[tuple[int, str]]) -> str:
-    """Of cameras with ids and COLMAP's names of models."""
-    if not cameras:
-        raise ValueError("there are no cameras")
-    (first, name), *_ = cameras
+    """Of cameras with ids and COLMAP's names of models; without any, one of them."""
+    first, name = next(iter(cameras), (0, MODELS[0].upper()))
     for camera, other in cameras:
         _intrinsics_of(camera, other)
         if other != name:
@@ -137,7 +157,7 @@ class _Binary:
     """A binary file from front to back. Nothing is taken from behind its end."""
 
     def __init__(self, path: Path):
-        with open_file(path, "rb") as file:
+        with open_file(path) as file:
             self.data = file.read()
         self.at = 0
 
@@ -202,7 +222,7 @@ def read_binary(cameras: Path, images: Path, points: Path) -> Reconstruction:
         model,
         np.array([camera for camera, _ in models], np.uint32),
         rows_of(heads, np.uint64, 2),
-        np.frombuffer(b"".join(intrinsics), "<f8").astype(np.float64).reshape(len(heads), -1),
+        np.frombuffer(b"".join(intrinsics), "<f8").astype(np.float64).reshape(-1, len(INTRINSICS[model])),
         np.array([image for image, *_ in poses], np.uint32),
         rows_of([pose[1:8] for pose in poses], np.float64, 7),
         np.array([pose[8] for pose in poses], np.uint32),
@@ -261,7 +281,7 @@ def _parsed(path: Path, parse: Callable[[Iterator[bytes]], T]) -> T:
 
     def lines() -> Iterator[bytes]:
         nonlocal number
-        with open_file(path, "rb") as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, 1):  # noqa: B007
                 yield line.strip()
 
@@ -301,7 +321,9 @@ def _parse_cameras(lines: Iterator[bytes]) -> tuple[str, Array, Array, Array]:
         models.append((ids[-1], name))
         sizes.append(numbers_of(tokens[2:4], int, np.uint64))
         intrinsics.append(numbers_of(tokens[4:], float, np.float64))
-    return one_model(models), np.array(ids, np.uint32), rows_of(sizes, np.uint64, 2), np.array(intrinsics)
+    model = one_model(models)
+    width = len(INTRINSICS[model])
+    return model, np.array(ids, np.uint32), rows_of(sizes, np.uint64, 2), rows_of(intrinsics, np.float64, width)
 
 
 def _parse_images(lines: Iterator[bytes]) -> tuple[Array, Array, Array, list[bytes], Array, Array, Array]:
@@ -356,13 +378,18 @@ def _parse_points(lines: Iterator[bytes]) -> tuple[Array, Array, Array, Array, A
     )
 
 
-def write_text(source: Reconstruction) -> tuple[Iterable[bytes], ...]:
-    """Pieces of the three files."""
+def check_names(source: Reconstruction) -> None:
+    """That a text file can hold them."""
     for name in source.names:
         if not re.fullmatch(rb"\S+", name):
             raise ValueError(
                 f"an image has the name {shortened(name)}, which a text file can't hold; wanted binary=True"
             )
+
+
+def write_text(source: Reconstruction) -> tuple[Iterable[bytes], ...]:
+    """Pieces of the three files."""
+    check_names(source)
     cameras = [b"# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]\n"]
     for camera, size, row in zip(source.camera_ids, source.sizes, source.intrinsics, strict=True):
         cameras.append(b"%d %b %d %d %b\n" % (camera, source.model.upper().encode(), *size, _digits(row)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._checks import INDICES, check_choice, check_range, check_tensor
 from . import colmap, reference
-from .files import open_file, read_bal, write_rows
+from .files import read_bal, write_rows, writing
 from .models import INTRINSICS
 
 Array = NDArray[Any]
@@ -232,25 +232,17 @@ class Problem:
             OSError: it can't be read.
         """
         path = Path(path)
-        (cameras, points, seen), values = read_bal(path)
-        _, observed, own, xyz = np.split(values, np.cumsum([3, 4 * seen, 9 * cameras]))
-        observed = observed.reshape(-1, 4)
-        sizes = np.array([cameras, points])
-        index = observed[:, :2]
-        if len(wrong := np.argwhere((index < 0) | (index >= sizes) | (index != np.trunc(index)))):
-            row, column = wrong[0]
-            raise ValueError(
-                f"{path}: observation {row} is of {('camera', 'point')[column]} {index[row, column]:.17g}; wanted 0 to "
-                f"{sizes[column] - 1}"
-            )
-        if (np.diff(index[:, 1]) < 0).any():
-            observed = observed[index[:, 1].argsort(kind="stable")]
+        cameras, points, observations, camera_index, point_index = read_bal(path)
+        if (point_index[1:] < point_index[:-1]).any():
+            order = point_index.argsort(kind="stable")
+            observations = observations[order]
+            camera_index, point_index = camera_index[order], point_index[order]
         problem = cls(
-            torch.from_numpy(own.reshape(-1, 9).copy()),
-            torch.from_numpy(xyz.reshape(-1, 3).copy()),
-            torch.from_numpy(observed[:, 2:].copy()),
-            torch.from_numpy(observed[:, 0].astype(np.int32)),
-            torch.from_numpy(observed[:, 1].astype(np.int32)),
+            torch.from_numpy(cameras),
+            torch.from_numpy(points),
+            torch.from_numpy(observations),
+            torch.from_numpy(camera_index),
+            torch.from_numpy(point_index),
         ).to(dtype)
         with _naming(path):
             problem.check()
@@ -260,7 +252,8 @@ class Problem:
         """Writes a text file of "Bundle Adjustment in the Large", compressed if its name ends in .bz2 or .gz.
 
         Numbers have 17 digits, so that float64 comes back to the bit; quaternions become angle-axes. What the format
-        has no place for isn't written: depth, fixed_points, columns.
+        has no place for isn't written: depth, fixed_points, columns, positions. What was there is replaced when all is
+        written.
 
         Raises:
             ValueError: the model isn't "snavely", or the problem doesn't pass `check`.
@@ -273,7 +266,7 @@ class Problem:
         if cameras.shape[1] > self.num_parameters:
             rotation, *rest = reference.parts(cameras, self.num_parameters)
             cameras = torch.cat([reference.logarithm(rotation), *rest], 1)
-        with open_file(Path(path), "wb") as file:
+        with writing([Path(path)]) as (file,):
             file.write(b"%d %d %d\n" % (len(cameras), len(self.points), len(self.observations)))
             columns = (_array(self.camera_index), _array(self.point_index), *_array(self.observations).T)
             write_rows(file, "%d %d %.17g %.17g\n", columns)
@@ -298,18 +291,16 @@ class Problem:
             OSError: files are missing or can't be read.
         """
         folder = Path(folder)
-        for suffix, read in ((".bin", colmap.read_binary), (".txt", colmap.read_text)):
-            paths = [folder / f"{name}{suffix}" for name in colmap.FILES]
-            if all(path.exists() for path in paths):
-                return cls._from_source(read(*paths), folder)
-        raise FileNotFoundError(f"{folder} lacks some of {', '.join(colmap.FILES)}, as .bin and as .txt")
+        read = colmap.read_binary if colmap.is_binary(folder) else colmap.read_text
+        return cls._from_source(read(*colmap.paths(folder, read is colmap.read_binary)), folder)
 
     def to_colmap(self, folder: PathLike, binary: bool = True) -> None:
         """Writes a sparse model of COLMAP: cameras, images and points3D.
 
         Of a problem that came from COLMAP, poses, intrinsics, points and observations are written as they are now, and
         all else as it was read: ids, names, sizes, colours, errors, 2D points without a 3D point. Any other problem
-        gets ids from 1 on, and a COLMAP camera for every image or, where `columns` ties all intrinsics, group.
+        gets ids from 1 on, and a COLMAP camera for every image or, where `columns` ties all intrinsics, group. Files
+        that were there are replaced when all are written.
 
         Args:
             folder: made if it doesn't exist.
@@ -321,18 +312,13 @@ class Problem:
                 folder has files that COLMAP would read instead of these or beside them; or `check` fails.
             OSError: files can't be written.
         """
-        files = colmap.write_binary(self._to_source()) if binary else colmap.write_text(self._to_source())
-        folder, suffix = Path(folder), ".bin" if binary else ".txt"
-        rivals = [f"rigs{suffix}", f"frames{suffix}"]  # whose poses count more than those of images
-        if not binary:
-            rivals += [f"{name}.bin" for name in colmap.FILES]
-        if found := [name for name in rivals if (folder / name).exists()]:
-            raise ValueError(
-                f"{folder} has {', '.join(found)}, which would contradict the model; wanted another folder"
-            )
+        source = self._to_source()
+        files = colmap.write_binary(source) if binary else colmap.write_text(source)
+        folder = Path(folder)
+        colmap.check_rivals(folder, binary)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, parts in zip(colmap.FILES, files, strict=True):
-            with open(folder / f"{name}{suffix}", "wb") as file:
+        with writing(colmap.paths(folder, binary)) as opened:
+            for file, parts in zip(opened, files, strict=True):
                 file.writelines(parts)
 
     @classmethod
@@ -350,11 +336,12 @@ class Problem:
         tracks = [list(point.track.elements) for _, point in points]
         where = "reconstruction"
         with _naming(where):
+            model = colmap.one_model([(c.camera_id, c.model_name) for c in cameras])
             source = colmap.Reconstruction(
-                colmap.one_model([(c.camera_id, c.model_name) for c in cameras]),
+                model,
                 np.array([c.camera_id for c in cameras], np.uint32),
                 colmap.rows_of([(c.width, c.height) for c in cameras], np.uint64, 2),
-                np.array([c.params for c in cameras], np.float64),
+                colmap.rows_of([c.params for c in cameras], np.float64, len(INTRINSICS[model])),
                 np.array([i.image_id for i in images], np.uint32),
                 colmap.rows_of([(*np.roll(p.rotation.quat, 1), *p.translation) for p in poses], np.float64, 7),
                 np.array([i.camera_id for i in images], np.uint32),

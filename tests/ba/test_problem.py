@@ -14,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from effk.ba import colmap
 from effk.ba.models import INTRINSICS
 from effk.ba.problem import Problem
 from hypothesis import given, settings
@@ -312,7 +314,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "counts, repeated, message",
     [
-        ("1 1 1073741824", "", "ends after 3 of"),
+        ("1 1 1073741824", "", "has 34 bytes, too few for the 4294967311 numbers it tells of"),
+        ("1 1 3000", "", "ends after 3 of"),
         ("0 0 1 ", " ", "bytes and more for 7 numbers"),
         ("0 0 1 ", "1 ", "wanted the end, after 7 numbers"),
         ("0 0 1 ", "1", "has more than 500 characters"),
@@ -325,6 +328,36 @@ def test_a_small_file_takes_little_memory(counts: str, repeated: str, message: s
     read_or_refuse(Problem.from_bal, path)
     with pytest.raises(ValueError, match=message):
         Problem.from_bal(path)
+
+
+def test_a_compressed_file_takes_memory_by_its_size(tmp_path: Path) -> None:
+    """bz2 makes gigabytes of four kilobytes."""
+    path = tmp_path / "bomb.bz2"
+    path.write_bytes(bz2.compress(b"0 0 500000000" + b" 0" * 10**7))
+    assert path.stat().st_size < 2000
+    read_or_refuse(Problem.from_bal, path)
+    with pytest.raises(ValueError, match="too few for the 2000000003 numbers"):
+        Problem.from_bal(path)
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_reading_takes_little_more_than_the_result(ascending: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """A quarter more, and what a piece takes; observations that have to be sorted are there twice."""
+    monkeypatch.setattr("effk.ba.files.CHUNK", 2**14)
+    points = 6000
+    index = range(points) if ascending else range(points)[::-1]
+    lines = [b"1 6000 60000", *(b"0 %d 0.5 %d" % (i, j) for i in index for j in range(10)), *[b"1"] * (9 + 3 * points)]
+    path = tmp_path / "p"
+    path.write_bytes(b"\n".join(lines))
+    del lines
+    tracemalloc.start()
+    problem = Problem.from_bal(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (problem.point_index[1:] >= problem.point_index[:-1]).all()
+    assert problem.observations[:10, 1].tolist() == list(range(10)) and (problem.cameras == 1).all()
+    size = 60_000 * 24 + 8 * (9 + 3 * points)
+    assert peak < (1.25 if ascending else 2) * size + 2**20
 
 
 def test_bal_cut_short(tmp_path: Path) -> None:
@@ -344,6 +377,51 @@ def test_damaged_bal(suffix: str, tmp_path_factory: pytest.TempPathFactory, data
     packed = {".txt": GOLDEN_BAL, ".bz2": bz2.compress(GOLDEN_BAL), ".gz": gzip.compress(GOLDEN_BAL, mtime=0)}[suffix]
     path.write_bytes(data.draw(damaged(packed, 0 if suffix == ".txt" else 4)))
     read_or_refuse(Problem.from_bal, path)
+
+
+class DiskFullError(OSError):
+    pass
+
+
+@pytest.mark.parametrize("error", [DiskFullError, KeyboardInterrupt])
+@pytest.mark.parametrize("suffix", [".txt", ".gz", ".bz2"])
+def test_what_was_there_outlives_a_failed_write(
+    suffix: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"p{suffix}"
+    small().to_bal(path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("effk.ba.problem.write_rows", full)
+    for target in (path, path.with_name(f"new{suffix}")):
+        with pytest.raises(error):
+            golden_bal().to_bal(target)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_a_replaced_file_keeps_its_rights_and_links(tmp_path: Path) -> None:
+    path, link = tmp_path / "p", tmp_path / "link"
+    small().to_bal(path)
+    path.chmod(0o640)
+    link.symlink_to(path)
+    golden_bal().to_bal(link)
+    assert link.is_symlink() and path.read_bytes() == GOLDEN_BAL and path.stat().st_mode & 0o777 == 0o640
+    golden_bal().to_bal("/dev/null")
+    assert Path("/dev/null").is_char_device()
+    for target, error in (
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "none" / "p", FileNotFoundError),
+        (path / "p", NotADirectoryError),
+    ):
+        with pytest.raises(error, match=re.escape(str(target))):
+            small().to_bal(target)
+    first, second = tmp_path / "a.gz", tmp_path / "b.gz"
+    for target in (first, second):
+        small().to_bal(target)
+    assert b"part" not in first.read_bytes() and first.read_bytes()[10:] == second.read_bytes()[10:]
 
 
 def test_bal_holds_snavely_only(tmp_path: Path) -> None:
@@ -612,6 +690,63 @@ def test_folders_of_colmap(tmp_path: Path) -> None:
     assert_same(Problem.from_colmap(folder), problem)
 
 
+@FORMS
+def test_a_model_outlives_a_failed_write(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, whichever file fails."""
+    folder = write_model(tmp_path / "model", suffix)
+    problem = Problem.from_colmap(folder)
+    problem.points += 1
+    real = colmap.write_binary if suffix == ".bin" else colmap.write_text
+
+    def interrupted(at: int) -> Any:
+        def files(source: Any) -> Any:
+            made = [list(parts) for parts in real(source)]
+            made[at] = itertools.chain(made[at], (_ for _ in [0] if 1 / 0))
+            return made
+
+        return files
+
+    for at in range(3):
+        monkeypatch.setattr(colmap, real.__name__, interrupted(at))
+        with pytest.raises(ZeroDivisionError):
+            problem.to_colmap(folder, binary=suffix == ".bin")
+        assert read_model(folder, suffix) == GOLDEN[suffix]
+
+
+@FORMS
+@pytest.mark.parametrize("model", ["simple_pinhole", "opencv"])
+def test_no_cameras_at_all(suffix: str, model: str, tmp_path: Path) -> None:
+    """A model without cameras tells of no model of theirs."""
+    none = torch.empty(0, dtype=torch.int32)
+    empty = torch.empty(0, 7 + len(INTRINSICS[model])), torch.ones(2, 3), torch.empty(0, 2)
+    Problem(*empty, none, none, model).to_colmap(tmp_path / "model", binary=suffix == ".bin")
+    read = Problem.from_colmap(tmp_path / "model")
+    assert read.cameras.shape == (0, 10) and read.points.tolist() == [[1, 1, 1]] * 2
+    read.to_colmap(tmp_path / "again", binary=suffix == ".bin")
+    assert read_model(tmp_path / "again", suffix) == read_model(tmp_path / "model", suffix)
+
+
+def test_numbers_that_numpy_1_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = np.fromiter
+
+    def wrapping(numbers: Any, dtype: Any, count: int) -> Any:
+        if np.issubdtype(dtype, np.integer):
+            return np.array(list(numbers), object).astype(np.int64).astype(dtype)
+        return real(numbers, dtype, count)
+
+    monkeypatch.setattr(np, "fromiter", wrapping)
+    assert_same(Problem.from_colmap(write_model(tmp_path / "model", ".txt")), golden_colmap())
+    for name, old, new in (
+        ("points3D", b"255 0 7", b"300 0 7"),
+        ("points3D", b"255 0 7", b"255 -1 7"),
+        ("cameras", b"\n1 SIMPLE", b"\n-1 SIMPLE"),
+        ("images", b"4 -1", b"4 -18446744073709551617"),
+    ):
+        folder = write_model(tmp_path / "model", ".txt", {name: change(old, new)(GOLDEN_TEXT[name])})
+        with pytest.raises(ValueError, match="isn't a number that is wanted there"):
+            Problem.from_colmap(folder)
+
+
 def change(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     def changed(content: bytes) -> bytes:
         assert content.count(old) >= 1
@@ -623,7 +758,7 @@ def change(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     "name, changed, message",
     [
-        ("cameras", lambda c: b"", r"cameras\.txt, line 0: there are no cameras"),
+        ("cameras", lambda c: b"", "model: camera 3 isn't there"),
         (
             "cameras",
             change(b"3 SIMPLE_RADIAL", b"3 OPENCV_FISHEYE"),
@@ -684,7 +819,7 @@ HUGE = b"\xff\xff\xff\xff\xff\xff\xff\x0f"
     "name, changed, message",
     [
         ("cameras", lambda c: b"", r"cameras\.bin, byte 0: ends 8 bytes too early"),
-        ("cameras", lambda c: bytes(8), "there are no cameras"),
+        ("cameras", lambda c: bytes(8), "camera 3 isn't there"),
         ("cameras", lambda c: c[:-1], "byte 88: ends 1 bytes too early"),
         ("cameras", lambda c: c + b"\0", "byte 120: wanted the end"),
         ("cameras", lambda c: HUGE + c[8:], "tells of 1152921504606846975 entries and has 112 bytes for them"),
@@ -880,7 +1015,7 @@ def test_another_reconstruction(change: Callable[[Any], Any], message: str) -> N
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda r: r.cameras.clear(), "reconstruction: there are no cameras"),
+        (lambda r: r.cameras.clear(), "reconstruction: camera 3 isn't there"),
         (lambda r: setattr(r.cameras[1], "model_name", "FOV"), "reconstruction: camera 1 is FOV; wanted one of"),
         (lambda r: setattr(r.points3D[5], "xyz", [0, math.nan, 0]), "reconstruction: xyz aren't all finite"),
         (lambda r: setattr(r, "reg_image_ids", lambda: [2]), "reconstruction: image 7 isn't there"),
