@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from effk.ba import Problem, solve
+from effk.ba import Problem, position_globally, solve
 from effk.ba.__main__ import main
 
 from ..kit.tensors import same_bits
@@ -193,6 +195,135 @@ def test_plot_without_matplotlib(
     out = tmp_path / "out.txt"
     assert main([str(file), "-q", "-o", str(out), "--plot", str(tmp_path / "cost.png")]) == 1
     assert "matplotlib" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("end", ["other.svg", "other"])
+def test_pictures_of_a_kind(file: Path, end: str) -> None:
+    pytest.importorskip("matplotlib")
+    assert main([str(file), "-q", "--plot", str(file.with_name(end))]) == 0
+    assert file.with_name(end if "." in end else f"{end}.png").stat().st_size > 1000
+
+
+def test_what_is_wrong_is_said_before_a_solve(
+    file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is left behind."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("effk.ba.__main__.solve", None)
+    rigs = tmp_path / "rigs"
+    rigs.mkdir()
+    (rigs / "rigs.bin").touch()
+    named = tmp_path / "named"
+    Problem.from_colmap(folder).to_colmap(named, binary=False)
+    names = (named / "images.txt").read_text()
+    (named / "images.txt").write_text(names.replace("000002.png", "far away.png"))
+    before = sorted(tmp_path.rglob("*"))
+    for source, options, message in (
+        (file, ["-o", str(tmp_path / "absent" / "out.txt")], "absent/out.txt"),
+        (file, ["-o", str(folder)], "Is a directory"),
+        (file, ["-o", str(file / "out.txt")], "Not a directory"),
+        (folder, ["-o", str(file)], "Not a directory"),
+        (folder, ["-o", str(file / "new" / "out")], "Not a directory"),
+        (folder, ["-o", str(rigs)], "has rigs.bin, which would contradict the model"),
+        (named, ["-o", str(folder)], "has cameras.bin, images.bin, points3D.bin, which would contradict"),
+        (named, ["-o", str(tmp_path / "new")], "name 'far away.png', which a text file can't hold"),
+        (file, ["--plot", str(tmp_path / "cost.what")], "cost.what ends in .what; wanted one of"),
+        (file, ["--plot", str(tmp_path / "absent" / "cost.png")], "absent/cost.png"),
+    ):
+        assert main([str(source), *options]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_a_device_that_is_not_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(file), "-q", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_text_stays_text(folder: Path, tmp_path: Path) -> None:
+    """In its own folder too, where nothing old stays behind."""
+    text = tmp_path / "text"
+    Problem.from_colmap(folder).to_colmap(text, binary=False)
+    before = Problem.from_colmap(text)
+    assert main([str(text), "-q", "-o", str(text)]) == 0
+    assert sorted(path.name for path in text.iterdir()) == ["cameras.txt", "images.txt", "points3D.txt"]
+    assert cost_of(Problem.from_colmap(text)) < 0.9 * cost_of(before)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, iterations: int) -> None:
+    """Ctrl-C in that of the functions, after so many."""
+    real = getattr(sys.modules["effk.ba.__main__"], name)
+
+    def interrupted(problem: Problem, callback: Any = None, **options: Any) -> None:
+        calls: list[object] = []
+
+        def counted(i: Any) -> None:
+            if callback:
+                callback(i)
+            calls.append(i)
+            if len(calls) > iterations:
+                raise KeyboardInterrupt
+
+        real(problem, callback=counted, **options)
+
+    monkeypatch.setattr(f"effk.ba.__main__.{name}", interrupted)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_interrupted(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, iterations: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    wanted, picture, out = Problem.from_bal(file), file.with_name("cost.png"), file.with_name("out.txt")
+    solve(wanted, max_iterations=iterations)
+    interrupt(monkeypatch, "solve", iterations)
+    assert main([str(file), "-o", str(out), "--plot", str(picture)]) == 130
+    found = Problem.from_bal(out)
+    assert same_bits(found.cameras, wanted.cameras) and same_bits(found.points, wanted.points)
+    assert picture.stat().st_size > 1000 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_interrupted_while_positioning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, out = Problem.from_bal(file), file.with_name("out.txt")
+    position_globally(wanted, max_iterations=2)
+    interrupt(monkeypatch, "position_globally", 2)
+    assert main([str(file), "-q", "--position", "-o", str(out)]) == 130
+    found = Problem.from_bal(out)
+    assert same_bits(found.cameras, wanted.cameras) and same_bits(found.points, wanted.points)
+
+
+def test_options_of_both_solves(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def noted(problem: Problem, **options: Any) -> None:
+        given.append(options)
+        time.sleep(0.05)
+
+    for name in ("position_globally", "solve"):
+        monkeypatch.setattr(f"effk.ba.__main__.{name}", noted)
+    options = ["--linear-solver", "sparse_schur", "--max-iterations", "7", "--max-seconds", "1"]
+    assert main([str(file), "--position", *options]) == 0
+    assert [g["linear_solver"] for g in given] == ["sparse_schur"] * 2 and [g["max_iterations"] for g in given] == [
+        7,
+        7,
+    ]
+    assert given[0]["max_seconds"] == 1 and 0 < given[1]["max_seconds"] < 0.96
+
+
+@pytest.mark.parametrize("options", [[], ["-q"]])
+def test_nobody_reads_on(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """As with `| head`: the result is written all the same, without a word, and nothing is left to flush."""
+    out = file.with_name("out.txt")
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main([str(file), "-o", str(out), *options]) == 0
+    assert capsys.readouterr().err == "" and cost_of(Problem.from_bal(out)) < cost_of(Problem.from_bal(file))
 
 
 def test_as_a_module(file: Path) -> None:
