@@ -34,7 +34,7 @@ class Problem:
     """Cameras, points, and where the points were seen. Solvers change `cameras` and `points` in place.
 
     Problems that are read from files have their observations in ascending order of points, as most ops want them, and
-    int32 indices.
+    int32 indices. Copies, also those of `dataclasses.replace`, keep what else `to_colmap` writes.
 
     Attributes:
         cameras: [C, 6 + intrinsics], the rotation an angle-axis, or [C, 7 + intrinsics], a unit quaternion (w, x, y,
@@ -62,7 +62,7 @@ class Problem:
     fixed_points: Tensor | None = None
     columns: Tensor | None = None
     positions: Tensor | None = None
-    _source: colmap.Reconstruction | None = field(default=None, init=False, repr=False)
+    _source: colmap.Reconstruction | None = field(default=None, repr=False, kw_only=True)  # what COLMAP's files held
 
     @property
     def num_parameters(self) -> int:
@@ -128,7 +128,7 @@ class Problem:
             raise ValueError(f"columns ties {x}, which is {a:.17g}, to {y}, which is {b:.17g}; wanted equal ones")
 
     def _fields(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_source"}
 
     # ---- what is free
 
@@ -143,7 +143,7 @@ class Problem:
         Raises:
             ValueError: no such camera.
         """
-        rows = torch.as_tensor(index, device=self.cameras.device)
+        rows = self._numbers("index", index)
         if rows.dtype == torch.bool and rows.shape == (len(self.cameras),):
             rows = rows.nonzero()
         elif rows.numel() and rows.dtype not in INDICES:
@@ -172,7 +172,7 @@ class Problem:
             ValueError: cameras of a group have different intrinsics, or groups isn't [C] integers.
         """
         count, kinds = len(self.cameras), len(self._intrinsics)
-        group = torch.as_tensor([0] * count if groups is None else groups, device=self.cameras.device)
+        group = self._numbers("groups", [0] * count if groups is None else groups)
         if group.shape != (count,) or (count and group.dtype not in INDICES):
             raise ValueError(f"groups is {group.dtype} {list(group.shape)}; wanted integers [{count}]")
         group = group.unique(return_inverse=True)[1]
@@ -183,6 +183,12 @@ class Problem:
         self._check_tied(columns)
         own[fixed] = -1
         self.columns = _dense(columns)
+
+    def _numbers(self, name: str, given: Any) -> Tensor:
+        try:
+            return torch.as_tensor(given, device=self.cameras.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} is {given!r}; wanted numbers") from None
 
     def _free(self) -> Tensor:
         """A copy of columns."""
@@ -201,17 +207,20 @@ class Problem:
         """The problem in float32 or float64, or on a device. Tensors that stay the same are shared.
 
         Raises:
-            ValueError: another dtype.
+            ValueError: another dtype, or no device's name.
         """
+        if isinstance(target, str):
+            try:
+                target = torch.device(target)
+            except RuntimeError:
+                raise ValueError(f"target is {target!r}; wanted a dtype or a device") from None
         if isinstance(target, torch.dtype) and target not in reference.FLOATS:
             raise ValueError(f"dtype is {target}; wanted {' or '.join(map(str, reference.FLOATS))}")
         return self._map(lambda t: t.to(target) if t.is_floating_point() or not isinstance(target, torch.dtype) else t)
 
     def _map(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in self._fields().items()}
-        new = type(self)(**changed)
-        new._source = self._source
-        return new
+        changed: dict[str, Any] = {k: change(v) for k, v in self._fields().items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
     # ---- BAL
 

@@ -103,9 +103,10 @@ def generate(
             raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(choices)}")
     if cameras < 2 or points < 1:
         raise ValueError(f"cameras is {cameras} and points {points}; wanted 2 or more, and 1 or more")
-    if not (noise >= 0 and 0 <= outliers <= 1 and perturbation >= 0):
+    if not (0 <= noise < math.inf and 0 <= outliers <= 1 and 0 <= perturbation < math.inf):
         raise ValueError(
-            f"noise is {noise}, outliers {outliers}, perturbation {perturbation}; wanted 0 or more, of outliers up to 1"
+            f"noise is {noise}, outliers {outliers}, perturbation {perturbation}; wanted 0 or more and finite, of "
+            "outliers up to 1"
         )
     if loop and kind != "street":
         raise ValueError(f"loop is True and kind {kind!r}; wanted 'street'")

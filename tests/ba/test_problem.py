@@ -10,6 +10,7 @@ import os
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -613,6 +614,14 @@ def test_what_has_changed_is_written(suffix: str, dtype: torch.dtype, tmp_path: 
     assert read_model(tmp_path / "again", suffix) == GOLDEN[suffix]
 
 
+@FORMS
+def test_a_replaced_field_keeps_the_rest_of_the_model(suffix: str, tmp_path: Path) -> None:
+    problem = Problem.from_colmap(write_model(tmp_path / "model", suffix))
+    changed = replace(problem, points=problem.points.clone())
+    changed.to_colmap(tmp_path / "new", binary=suffix == ".bin")
+    assert read_model(tmp_path / "new", suffix) == GOLDEN[suffix]
+
+
 def test_what_has_not_changed_is_written_as_it_was(tmp_path: Path) -> None:
     """Numbers that float32 rounds, and a quaternion of few digits, which isn't quite a unit."""
     files = {
@@ -1175,6 +1184,8 @@ def test_copies() -> None:
     assert problem.to(torch.float64).cameras is problem.cameras
     with pytest.raises(ValueError, match=r"dtype is torch\.int32"):
         problem.to(torch.int32)
+    with pytest.raises(ValueError, match="target is 'float32'; wanted a dtype or a device"):
+        problem.to("float32")
 
 
 def columns_of(problem: Problem) -> list[list[int]]:
@@ -1231,6 +1242,12 @@ def test_wrong_cameras_and_groups() -> None:
     for bad in (1.5, torch.tensor([True, False])):
         with pytest.raises(ValueError, match=r"index is .*; wanted numbers, or bool"):
             problem.fix_cameras(bad)  # type: ignore[arg-type]
+    for bad in ("a", None, [[1], 2], [2**70]):
+        with pytest.raises(ValueError, match=r"index is .*; wanted numbers"):
+            problem.fix_cameras(bad)  # type: ignore[arg-type]
+        if bad is not None:
+            with pytest.raises(ValueError, match=r"groups is .*; wanted numbers"):
+                problem.share_intrinsics(bad)  # type: ignore[arg-type]
     for groups in ([0, 1], [0.5, 1, 1], [[0, 1, 2]]):
         with pytest.raises(ValueError, match=r"groups is .*; wanted integers \[3\]"):
             problem.share_intrinsics(groups)  # type: ignore[arg-type]
