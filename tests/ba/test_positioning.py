@@ -10,7 +10,7 @@ import effk
 import pytest
 import torch
 from effk.ba import Problem, position_globally, solve
-from effk.ba.solve import to_directions
+from effk.ba.solve import _undistorted, to_directions
 from hypothesis import given as given_case
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -385,10 +385,13 @@ def test_distortion_is_undone_up_to_its_fold(model: str, k: list[float], farthes
         return
     edge = around[::6, 0] * torch.tensor([farthest, farthest, 1.0])
     middle = pixels(model, around[:1, 0] * torch.tensor([0.0, 0.0, 1.0]), kept)
-    far = torch.tensor([[1.01], [1.1], [1.5], [30.0]])
-    for seen in middle + far * (pixels(model, edge, kept) - middle):
-        with pytest.raises(ValueError, match="observation 0 is where its camera's distortion can't be undone"):
-            to_directions(through(model, k, seen[None]))
+    far = torch.cat([torch.linspace(1.003, 4, 1000), torch.tensor([10.0, 30.0, 1000.0])])[:, None, None]
+    seen = (middle + far * (pixels(model, edge, kept) - middle)).view(-1, 2)
+    problem = through(model, k, seen)
+    _, undone = _undistorted(problem, kept.expand(len(seen), -1), -1.0 if model == "snavely" else 1.0)
+    assert not undone.any()
+    with pytest.raises(ValueError, match="observation 0 is where its camera's distortion can't be undone"):
+        to_directions(problem)
 
 
 @pytest.mark.parametrize(
