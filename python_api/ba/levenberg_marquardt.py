@@ -28,8 +28,10 @@ MIN_DIAGONAL = 1e-6  # what damping takes for a smaller diagonal entry; kMinDiag
 MIN_RELATIVE_DECREASE = 1e-3  # of an accepted step: true change over foretold change
 MAX_RADIUS, MIN_RADIUS = 1e16, 1e-32
 MAX_FAILURES = 5  # steps in a row that can't be computed
-# What auto goes by: free camera parameters for a dense factor; cameras, and operations, for a sparse one.
-MOST_DENSE, MOST_SPARSE, MOST_FLOPS = 1500, 1 << 13, 1e11
+# What auto goes by: free camera parameters for a dense factor (of a matrix of at most twice as many rows with the fixed
+# ones); for a sparse one cameras, entries of its blocks, and operations.
+MOST_DENSE, MOST_SPARSE, MOST_ENTRIES, MOST_FLOPS = 1500, 1 << 13, 2 * 10**7, 1e11
+MOST_ITERATIONS = 10**6  # each is a row of the history
 
 Step = tuple[Tensor, int]  # of the cameras [C, n], and the linear solver's iterations
 
@@ -88,6 +90,11 @@ class Columns:
             self.index = torch.full_like(flat, self.count)  # one place more, for the fixed ones
             self.index[free] = dense
 
+    @property
+    def has_free(self) -> Tensor | None:
+        """[C] bool, which cameras have any; None where all have."""
+        return None if self.index is None else (self.index < self.count).reshape(self.shape).any(1)
+
     def fold(self, x: Tensor) -> Tensor:
         """Sums of [C, n] by free parameter."""
         if self.index is None:
@@ -122,7 +129,7 @@ class PositionPrior:
 
     def __init__(self, positions: Tensor, weight: float, n: int):
         self.positions = positions.double()
-        self.weights = torch.where(self.positions.isnan().any(1), 0.0, weight)[:, None]
+        self.weights = torch.where(self.positions.isnan().any(1), 0.0, self.positions.new_tensor(weight))[:, None]
         self.n = n
 
     def residual(self, cameras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,10 +240,10 @@ class SparseSchur(Solver):
 
     name = "sparse_schur"
 
-    def __init__(self, steps: Steps):
+    def __init__(self, steps: Steps, pairs: Tensor | None = None):
         count, n = steps.cameras.shape[0], steps.n
         size, device = steps.columns.count, steps.cameras.device
-        self.pairs = covisible(steps.camera_index, steps.point_index, count, steps.group)
+        self.pairs = steps.pairs() if pairs is None else pairs
         index = steps.columns.index
         index = (torch.arange(count * n, device=device) if index is None else index).int().reshape(count, n)
         row, column = (index[c] for c in self.pairs.unbind(1))
@@ -278,15 +285,30 @@ def _parts(pairs: Any, index: Any, size: int) -> list[tuple[Any, int]]:
     return parts
 
 
-def covisible(camera_index: Tensor, point_index: Tensor, cameras: int, group: ProcessGroup | None = None) -> Tensor:
-    """[B, 2] int64: the cameras (a, b), a >= b, that see a point in common, ascending; each with itself, too."""
-    together = torch.eye(cameras, dtype=torch.bool, device=camera_index.device)
-    for apart in range(1, max(1, camera_index.numel())):
-        same = point_index[apart:] == point_index[:-apart]
+def covisible(
+    camera_index: Tensor,
+    point_index: Tensor,
+    cameras: int,
+    free: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """[B, 2] int64: the cameras (a, b), a >= b, that see a point in common, ascending; each with itself, too.
+
+    Args:
+        camera_index, point_index: ascending by point and then by camera.
+        free: [cameras] bool, those that count; all by default.
+    """
+    seen = point_index.long() * cameras + camera_index
+    if free is not None:
+        seen = seen[free[camera_index.long()]]
+    seen = seen.unique_consecutive()  # a camera may see a point more than once
+    point, camera = (seen // cameras, seen % cameras) if cameras else (seen, seen)
+    together = torch.eye(cameras, dtype=torch.bool, device=seen.device)
+    for apart in range(1, max(1, len(seen))):
+        same = point[apart:] == point[:-apart]
         if not bool(same.any()):
             break
-        a, b = camera_index[apart:][same].long(), camera_index[:-apart][same].long()
-        together[torch.maximum(a, b), torch.minimum(a, b)] = True
+        together[camera[apart:][same], camera[:-apart][same]] = True
     if group is not None:
         counts = together.int()
         torch.distributed.all_reduce(counts, group=group)
@@ -344,8 +366,7 @@ class Steps:
         op: str = "ba_solve",
     ):
         self.options, self.group, self.op = options, group, op
-        check_indices(op, cameras, points, camera_index, point_index)
-        self.cameras, self.points = cameras.contiguous(), points.contiguous()
+        self.state = cameras.contiguous(), points.contiguous()
         self._check_ranks()
         order = _sorted(camera_index, point_index, cameras.shape[0])
         self.observations, self.depth = observations, depth
@@ -367,8 +388,21 @@ class Steps:
         }
 
     @property
+    def cameras(self) -> Tensor:
+        return self.state[0]
+
+    @property
+    def points(self) -> Tensor:
+        return self.state[1]
+
+    @property
     def problem(self) -> tuple[Tensor, ...]:
         return self.cameras, self.points, self.observations, self.camera_index, self.point_index
+
+    def pairs(self) -> Tensor:
+        """Of cameras whose block of the reduced matrix has free parameters and isn't 0; and the diagonal ones."""
+        count = self.cameras.shape[0]
+        return covisible(self.camera_index, self.point_index, count, self.columns.has_free, self.group)
 
     def _sum(self, *tensors: Tensor) -> None:
         if self.group is not None:
@@ -445,20 +479,15 @@ class Steps:
         cameras, points = torch.ops.effk.ba_retract(
             self.cameras, self.points, camera_step, point_step, model=self.options.model
         )
-        if self.columns.index is not None and self.n > 3:
-            # A fixed rotation keeps its bits: its numbers aren't written anew.
+        if self.n > 3:
+            # A rotation that is fixed, or of a camera that sees nothing, keeps its bits: it isn't written anew.
             still = (camera_step[:, :3] == 0).all(1)
             numbers = slice(cameras.shape[1] - self.n + 3)
             cameras[:, numbers] = torch.where(still[:, None], self.cameras[:, numbers], cameras[:, numbers])
         return cameras, points
 
     def what_is_not_finite(self) -> str:
-        """Why there is no cost at the start."""
-        for name in ("cameras", "points", "observations"):
-            bad = (~getattr(self, name).isfinite()).any(1).nonzero()
-            if bad.numel():
-                row = self.order[bad].min() if name == "observations" and self.order is not None else bad[0]
-                return f"{name}[{int(row)}] holds NaN or infinity; wanted finite numbers"
+        """Why there is no cost at the start, of finite numbers."""
         residual, _ = torch.ops.effk.ba_residual(
             *self.problem, self.depth, model=self.options.model, depth_weight=self.options.depth_weight
         )
@@ -483,12 +512,15 @@ def _sorted(camera_index: Tensor, point_index: Tensor, cameras: int) -> Tensor |
 
 def choose(steps: Steps) -> Solver:
     """The linear solver for a problem: dense for few cameras, sparse where that is cheap, iterative for the rest."""
-    if steps.columns.count <= MOST_DENSE:
-        return DenseSchur(steps)
-    if steps.cameras.shape[0] <= MOST_SPARSE:
-        sparse = SparseSchur(steps)
-        if sparse.cholesky.flops <= MOST_FLOPS:
-            return sparse
+    count = steps.cameras.shape[0]
+    if count <= MOST_SPARSE:
+        if steps.columns.count <= MOST_DENSE and count * steps.n <= 2 * MOST_DENSE:
+            return DenseSchur(steps)
+        pairs = steps.pairs()
+        if len(pairs) * steps.n**2 <= MOST_ENTRIES:
+            sparse = SparseSchur(steps, pairs)
+            if sparse.cholesky.flops <= MOST_FLOPS:
+                return sparse
     return IterativeSchur(steps)
 
 
@@ -526,7 +558,8 @@ def minimize(
         return "stopped by the callback" if stopped else f"max_seconds ({o.max_seconds:g}) is over" if over else ""
 
     lin = steps.linearize(solver.pairs, radius)
-    if not math.isfinite(lin.cost):
+    # Some losses are finite of infinite residuals; their gradients aren't.
+    if not math.isfinite(lin.cost + lin.point_gradient + float(lin.gradient.sum()) + float(lin.rhs.sum())):
         raise RuntimeError(f"effk::{steps.op}: {steps.what_is_not_finite()}")
     cost = lin.cost
     gradient = _largest(steps, lin)
@@ -553,7 +586,7 @@ def minimize(
         elif valid and abs(change) <= o.function_tolerance * cost:
             ended = f"function_tolerance: the relative change is {abs(change) / cost if cost else 0.0:.2e}"
         if quality > MIN_RELATIVE_DECREASE:
-            steps.cameras, steps.points = new_cameras, new_points
+            steps.state = new_cameras, new_points
             cameras.copy_(new_cameras)
             points.copy_(new_points)
             cost = new_cost
@@ -692,6 +725,10 @@ def check_solve(
         "max_linear_iterations",
     ):
         _check_from_0(op, name, getattr(o, name))
+    torch._check(
+        o.max_iterations <= MOST_ITERATIONS,
+        lambda: f"effk::{op}: max_iterations is {o.max_iterations}; wanted at most {MOST_ITERATIONS}",
+    )
     if o.max_seconds is not None:
         _check_from_0(op, "max_seconds", o.max_seconds)
     names = ("auto", *SOLVERS)
@@ -699,10 +736,28 @@ def check_solve(
         o.linear_solver in names,
         lambda: f"effk::{op}: linear_solver is {o.linear_solver!r}; wanted one of {', '.join(names)}",
     )
+    torch._check(
+        count <= MOST_SPARSE or SOLVERS.get(o.linear_solver, IterativeSchur) is IterativeSchur,
+        lambda: (
+            f"effk::{op}: linear_solver is {o.linear_solver!r} with {count} cameras; wanted at most {MOST_SPARSE}, "
+            "or iterative_schur"
+        ),
+    )
 
 
 def _check_from_0(op: str, name: str, value: float) -> None:
     torch._check(0 <= value < math.inf, lambda: f"effk::{op}: {name} is {value}; wanted a number from 0 on")
+
+
+def check_finite(op: str, cameras: Tensor, points: Tensor, observations: Tensor) -> None:
+    for name, t in (("cameras", cameras), ("points", points), ("observations", observations)):
+        bad = (~t.isfinite()).any(1).nonzero()
+        torch._check(
+            not bad.numel(),
+            lambda name=name, bad=bad: (
+                f"effk::{op}: {name}[{int(bad[0])}] holds NaN or infinity; wanted finite numbers"
+            ),
+        )
 
 
 def check_columns(op: str, columns: Tensor | None, cameras: Tensor, n: int) -> None:
@@ -744,12 +799,31 @@ def run(
     group: ProcessGroup | None = None,
     callback: Callable[[Iteration], bool | None] | None = None,
 ) -> Result:
-    """Checks everything and solves, in place."""
+    """Checks everything and solves, in place. Where a rank of a group refuses its arguments, all of them raise."""
     problem = cameras, points, observations, camera_index, point_index, depth, fixed_points, columns, positions
-    check_solve(op, *problem, options)
-    check_columns(op, columns, cameras, parameters(options.model))
+    wrong: Exception | None = None
+    try:
+        check_solve(op, *problem, options)
+        check_indices(op, cameras, points, camera_index, point_index)
+        check_finite(op, cameras, points, observations)
+        check_columns(op, columns, cameras, parameters(options.model))
+    except Exception as error:
+        wrong = error
+    if group is not None:
+        refused = torch.tensor(int(wrong is not None), device=cameras.device)
+        torch.distributed.all_reduce(refused, group=group)
+        if wrong is None and int(refused):
+            raise RuntimeError(f"effk::{op}: another rank of the group has refused its arguments")
+    if wrong is not None:
+        raise wrong
     with torch.no_grad():
-        return minimize(cameras, points, Steps(*problem, options, group, op), callback)
+        steps = Steps(*problem, options, group, op)
+        try:
+            return minimize(cameras, points, steps, callback)
+        except BaseException:  # which may have come between the two that are written
+            cameras.copy_(steps.cameras)
+            points.copy_(steps.points)
+            raise
 
 
 def table(history: list[Iteration], max_iterations: int, like: Tensor) -> Tensor:

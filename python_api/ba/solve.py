@@ -44,11 +44,13 @@ class Summary:
     """What a solve came to. Costs are half the sum of squares, by the loss, as Ceres has them.
 
     Attributes:
-        history: the start, and each iteration.
+        history: the start, and each iteration. `gradient` of the last is of the state before it where a tolerance of
+            function or parameters ended the solve.
         termination: why it ended.
         converged: whether a tolerance of function, gradient or parameters ended it.
         linear_solver: the one that was used.
-        cameras, points, observations, free_parameters: how many there were; free parameters are the cameras'.
+        cameras, points, observations, free_parameters: how many there were, in a group on all ranks; free parameters
+            are the cameras'.
         behind: observations of points that are behind their camera at the end. They count, as in Ceres.
     """
 
@@ -136,7 +138,7 @@ def solve(
             rank's own. Cameras come out the same on every rank.
         callback: called with each `Iteration`, the start first; true ends the solve. With a group, ranks have to
             agree.
-        verbose: print a line an iteration, as Ceres does.
+        verbose: print a line an iteration, as Ceres does; of a group the first rank does.
         progress: show a progress bar on a terminal instead.
         **options: those of `ba_solve` from `loss` on; `model` is the problem's.
 
@@ -144,11 +146,12 @@ def solve(
         A `Summary`. Each iteration is also logged, at level DEBUG.
 
     Raises:
-        ValueError: the problem's fields don't fit together.
-        RuntimeError: as `ba_solve`.
+        RuntimeError: as `ba_solve`, also where the problem's fields don't fit together.
         TypeError: an unknown option.
     """
     chosen = Options(model=problem.model, **options)
+    if group is not None and group.rank() > 0:  # which has nothing else to say than the first
+        verbose = progress = False
     number = 0
     with progress_bar("bundle adjustment", chosen.max_iterations + 1, progress and not verbose) as advance:
 
@@ -168,15 +171,19 @@ def solve(
         more = problem.depth, problem.fixed_points, problem.columns, problem.positions
         result = levenberg_marquardt.run("ba_solve", *given, *more, chosen, group=group, callback=note)
     _, valid = torch.ops.effk.ba_residual(*given, model=problem.model)
+    counts = torch.tensor([len(problem.points), len(valid), int((~valid).sum())], device=valid.device)
+    if group is not None:
+        torch.distributed.all_reduce(counts, group=group)
+    points, observations, behind = counts.tolist()
     summary = Summary(
         result.history,
         result.termination,
         result.linear_solver,
         problem.cameras.shape[0],
-        problem.points.shape[0],
-        problem.observations.shape[0],
+        points,
+        observations,
         result.free_parameters,
-        int((~valid).sum()),
+        behind,
     )
     if verbose:
         print(summary)

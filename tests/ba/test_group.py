@@ -143,11 +143,7 @@ def test_ranks_agree_with_each_other_and_with_one_alone(
     assert float(costs[0][-1]) == pytest.approx(float(costs[1][-1]), rel=1e-6)
     if len(costs[0]) == len(costs[1]):
         torch.testing.assert_close(points, alone["points"], rtol=1e-3, atol=1e-3)
-    counts = [result["counts"] for result in results]
-    assert {(c[0], c[3]) for c in counts} == {(6, alone["counts"][3])}
-    assert [sum(c[i] for c in counts) for i in (1, 2)] == [50, 180]
-    if size == 4:
-        assert counts[1][1:3] == (0, 0)
+    assert [result["counts"] for result in results] == [(6, 50, 180, alone["counts"][3])] * size
 
 
 def test_one_rank_stops_all(found: list[dict[Any, Any]]) -> None:
@@ -163,6 +159,6 @@ def test_time_is_over_for_all(found: list[dict[Any, Any]]) -> None:
 
 def test_all_refuse_what_one_has(found: list[dict[Any, Any]]) -> None:
     """Rather than one, for which the others would wait; and that one knows what it is."""
-    assert all("effk::ba_solve" in found[rank]["points"] for rank in range(2))
+    assert "effk::ba_solve: another rank of the group has refused its arguments" in found[0]["points"]
     assert "points[3] holds NaN" in found[1]["points"]
     assert all("effk::ba_solve: cameras differ" in found[rank]["cameras"] for rank in range(2))

@@ -146,6 +146,7 @@ def test_auto_goes_by_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm, "MOST_FLOPS", 1e11)
     monkeypatch.setattr(lm, "MOST_SPARSE", 5)
     assert solve(problem.clone(), max_iterations=1).linear_solver == "iterative_schur"
+    monkeypatch.setattr(lm, "MOST_SPARSE", 6)
     problem.fix_cameras(0, intrinsics=True)  # what counts are free parameters
     monkeypatch.setattr(lm, "MOST_DENSE", 45)
     assert solve(problem.clone(), max_iterations=1).linear_solver == "dense_schur"
@@ -1115,3 +1116,114 @@ def test_no_gradients_are_kept() -> None:
     with torch.no_grad():
         solve(problem, max_iterations=3)
     assert same_bits(problem.points.detach(), wanted.points)
+
+
+# What is chosen, and refused, by size --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [400, 8300])
+def test_few_free_cameras_among_many(count: int) -> None:
+    """Neither memory nor time goes by the fixed ones."""
+    problem, _ = scene(count, 2 * count, kind="street", observations=8 * count, seed=1, perturbation=0.01)
+    problem.fix_cameras(range(10, count), pose=True, intrinsics=True)
+    summary = solve(problem, max_iterations=12)
+    assert summary.free_parameters == 90 and summary.final_cost < summary.initial_cost
+    assert summary.linear_solver == ("sparse_schur" if count == 400 else "iterative_schur")
+
+
+def test_pairs_are_of_free_cameras() -> None:
+    """Of all of them that see a point in common, and each with itself; seen more than once counts once."""
+    problem, _ = scene(6, 30, kind="street", observations=90, seed=2)
+    problem.fix_cameras([1, 4], pose=True, intrinsics=True)
+    twice = {name: torch.cat([getattr(problem, name)] * 2) for name in ("observations", "camera_index", "point_index")}
+    for p in (problem, replace(problem, **twice)):
+        seen = set(zip(p.camera_index.tolist(), p.point_index.tolist(), strict=True))
+        wanted = {(c, c) for c in range(6)}
+        for a, b in itertools.product((0, 2, 3, 5), repeat=2):
+            if a > b and {p for c, p in seen if c == a} & {p for c, p in seen if c == b}:
+                wanted.add((a, b))
+        steps = lm.Steps(*given(p), None, None, p.columns, None, lm.Options(model=p.model))
+        assert [tuple(pair) for pair in steps.pairs().tolist()] == sorted(wanted)
+
+
+def test_cameras_that_all_see_each_other_are_left_to_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of the matrix' size is made."""
+    problem, _ = scene(720, 2)
+    monkeypatch.setattr(lm, "SparseSchur", None)
+    steps = lm.Steps(*given(problem), None, None, None, None, lm.Options(model=problem.model))
+    assert isinstance(lm.choose(steps), lm.IterativeSchur)
+
+
+@pytest.mark.parametrize("name", ["dense_schur", "sparse_schur"])
+def test_solvers_that_cannot_are_refused_at_once(name: str) -> None:
+    problem, _ = scene(3, 9)
+    problem.cameras = problem.cameras[:1].repeat(8193, 1)
+    with pytest.raises(RuntimeError, match=f"linear_solver is '{name}' with 8193 cameras"):
+        solve(problem, linear_solver=name)
+
+
+def test_too_many_iterations() -> None:
+    with pytest.raises(RuntimeError, match="max_iterations is 1000000000000; wanted at most"):
+        solve(scene()[0], max_iterations=10**12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_point_in_a_plane_of_a_camera_is_named(loss: str) -> None:
+    """Also where the loss of an infinite residual is finite."""
+    problem, _ = scene(4, 12, model="simple_pinhole")
+    problem.cameras[1, :7] = torch.tensor([1.0, 0, 0, 0, 0, 0, 64])
+    problem.points[7] = torch.tensor([1.0, 1, -64])
+    with pytest.raises(RuntimeError, match="camera 1 can't see point 7"):
+        solve(problem, loss=loss)
+
+
+@pytest.mark.parametrize("name", ["cameras", "points"])
+def test_what_no_observation_is_of_must_be_finite_too(name: str) -> None:
+    problem, _ = scene(4, 12)
+    rows = getattr(problem, name)
+    setattr(problem, name, torch.cat([rows, torch.full_like(rows[:1], math.nan)]))
+    with pytest.raises(RuntimeError, match=rf"{name}\[{len(rows)}\] holds NaN or infinity"):
+        solve(problem)
+
+
+@pytest.mark.parametrize("quaternion", [False, True])
+def test_a_camera_that_sees_nothing_keeps_its_bits(quaternion: bool) -> None:
+    """Whatever its rotation is written as."""
+    problem, _ = scene(4, 12, perturbation=0.01)
+    rotation = torch.tensor([0.0, 0, 4], dtype=torch.float64)
+    if quaternion:
+        problem, rotation = kit.as_quaternions(problem), torch.zeros(4, dtype=torch.float64)
+    unseen = problem.cameras[:1].clone()
+    unseen[0, : len(rotation)] = rotation
+    problem.cameras = torch.cat([problem.cameras, unseen])
+    summary = solve(problem)
+    assert summary.final_cost < summary.initial_cost and same_bits(problem.cameras[-1:], unseen)
+
+
+def test_weight_of_positions_is_in_float64() -> None:
+    problem, truth = scene(4, 12)
+    problem.positions = kit.centres(truth) + 0.1
+    for weight in (0.1, 1e39):
+        start = solve(problem.clone(), position_weight=weight, max_iterations=0).initial_cost
+        wanted = cost_of(problem) + kit.cost_of_positions(problem, weight)
+        assert start == pytest.approx(wanted, rel=1e-13)
+
+
+def test_interrupted_between_cameras_and_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the problem holds then is one state of the solve."""
+    problem, _ = scene(4, 12, perturbation=0.01)
+    wanted: list[tuple[Tensor, Tensor]] = []
+    copy = Tensor.copy_
+
+    def copied(self: Tensor, other: Tensor, *args: Any) -> Tensor:
+        if self is problem.points and not wanted:
+            wanted.append((problem.cameras.clone(), other.clone()))
+            raise KeyboardInterrupt
+        return copy(self, other, *args)
+
+    monkeypatch.setattr(Tensor, "copy_", copied)
+    with pytest.raises(KeyboardInterrupt):
+        solve(problem)
+    monkeypatch.undo()
+    ((cameras, points),) = wanted
+    assert same_bits(problem.cameras, cameras) and same_bits(problem.points, points)
