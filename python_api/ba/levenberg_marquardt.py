@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .._checks import check_tensor
 from . import reference
-from .multifrontal import Graph, SparseCholesky, dissect
+from .multifrontal import Graph, SparseCholesky, dissect, flops
 from .reference import check_damping, check_indices, check_loss, check_problem, check_step, parameters
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ MIN_DIAGONAL = 1e-6  # what damping takes for a smaller diagonal entry; kMinDiag
 MIN_RELATIVE_DECREASE = 1e-3  # of an accepted step: true change over foretold change
 MAX_RADIUS, MIN_RADIUS = 1e16, 1e-32
 MAX_FAILURES = 5  # steps in a row that can't be computed
-# What auto goes by: free camera parameters for a dense factor (of a matrix of at most twice as many rows with the fixed
-# ones); for a sparse one cameras, entries of its blocks, and operations.
+# What auto goes by: free camera parameters for a dense factor and operations for a sparse one; cameras, and entries of
+# blocks, for either.
 MOST_DENSE, MOST_SPARSE, MOST_ENTRIES, MOST_FLOPS = 1500, 1 << 13, 2 * 10**7, 1e11
 MOST_ITERATIONS = 10**6  # each is a row of the history
 
@@ -90,10 +91,14 @@ class Columns:
             self.index = torch.full_like(flat, self.count)  # one place more, for the fixed ones
             self.index[free] = dense
 
-    @property
-    def has_free(self) -> Tensor | None:
-        """[C] bool, which cameras have any; None where all have."""
-        return None if self.index is None else (self.index < self.count).reshape(self.shape).any(1)
+    def cameras(self, device: torch.device) -> Tensor:
+        """Numbers of those that have free parameters, ascending."""
+        return (self.numbers(device) < self.count).any(1).nonzero().squeeze(1)
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """[C, n] int64 of free parameters; `count` for those that aren't."""
+        index = torch.arange(self.count, device=device) if self.index is None else self.index
+        return index.reshape(self.shape)
 
     def fold(self, x: Tensor) -> Tensor:
         """Sums of [C, n] by free parameter."""
@@ -106,13 +111,6 @@ class Columns:
         if self.index is None:
             return free.reshape(self.shape)
         return torch.cat([free, free.new_zeros(1)])[self.index].reshape(self.shape)
-
-    def fold_matrix(self, s: Tensor) -> Tensor:
-        """A symmetric [C n, C n] matrix, by its free parameters."""
-        if self.index is None:
-            return s
-        rows = s.new_zeros(self.count + 1, s.shape[1]).index_add_(0, self.index, s)
-        return s.new_zeros(self.count + 1, self.count + 1).index_add_(1, self.index, rows)[:-1, :-1]
 
 
 # --- Positions of cameras that are known beforehand -------------------------------------------------------------------
@@ -209,26 +207,51 @@ class Solver:
         raise NotImplementedError
 
 
+class Entries:
+    """Where the numbers of the blocks go in the reduced matrix of free parameters.
+
+    Attributes:
+        source: which numbers of the blocks count.
+        rows, columns: of each, in either triangle; those for one place are added up.
+    """
+
+    def __init__(self, pairs: Tensor, numbers: Tensor, count: int):
+        n = numbers.shape[1]
+        row, column = (numbers[c] for c in pairs.unbind(1))
+        row, column = row[:, :, None].expand(-1, n, n), column[:, None, :].expand(-1, n, n)
+        on_diagonal = (pairs[:, 0] == pairs[:, 1])[:, None, None]
+        # Of a block on the diagonal both triangles are there; of others the one above it isn't.
+        kept = (row < count) & (column < count) & ~(on_diagonal & (row < column))
+        twice = ((row == column) & ~on_diagonal & kept).reshape(-1).nonzero().squeeze(1)
+        self.twice = twice if twice.numel() else None  # what ties bring to the diagonal
+        self.source = kept.reshape(-1).nonzero().squeeze(1)
+        self.rows, self.columns = row[kept], column[kept]
+
+    def values(self, blocks: Tensor) -> Tensor:
+        """All numbers of the blocks, of which `source` tells."""
+        values = blocks.reshape(-1)
+        return values if self.twice is None else values.index_add(0, self.twice, values[self.twice])
+
+
 class DenseSchur(Solver):
     """The whole reduced matrix and its Cholesky factor."""
 
     name = "dense_schur"
 
     def __init__(self, steps: Steps):
-        count = steps.cameras.shape[0]
-        self.pairs: Tensor = torch.tril_indices(count, count, device=steps.cameras.device).T.contiguous()
+        free = steps.columns.cameras(steps.cameras.device)
+        lower = torch.tril_indices(len(free), len(free), device=free.device)
+        self.pairs: Tensor = free[lower.T.contiguous()]
+        size = steps.columns.count
+        entries = Entries(self.pairs, steps.columns.numbers(free.device), size)
+        self.entries = entries
+        self.place = torch.maximum(entries.rows, entries.columns) * size + torch.minimum(entries.rows, entries.columns)
 
     def solve(self, steps: Steps, lin: Linearized, damping: Tensor, radius: float) -> Step:
-        count, n = lin.rhs.shape
-        matrix = lin.blocks.new_zeros(count, n, count, n)
-        rows, columns = self.pairs.unbind(1)
-        matrix.permute(0, 2, 1, 3)[rows, columns] = lin.blocks
-        square = matrix.reshape(count * n, count * n)
-        if steps.columns.index is not None:
-            lower = square.tril()
-            square = steps.columns.fold_matrix(lower + lower.tril(-1).T)
-        square.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(square)
+        matrix = lin.blocks.new_zeros(len(damping), len(damping))  # of which Cholesky takes the lower triangle
+        matrix.view(-1).index_add_(0, self.place, self.entries.values(lin.blocks)[self.entries.source])
+        matrix.diagonal().add_(damping)
+        factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) != 0:
             return torch.full_like(lin.rhs, math.nan), 1
         solution = torch.cholesky_solve(steps.columns.fold(lin.rhs)[:, None], factor).squeeze(1)
@@ -240,49 +263,50 @@ class SparseSchur(Solver):
 
     name = "sparse_schur"
 
-    def __init__(self, steps: Steps, pairs: Tensor | None = None):
-        count, n = steps.cameras.shape[0], steps.n
-        size, device = steps.columns.count, steps.cameras.device
-        self.pairs = steps.pairs() if pairs is None else pairs
-        index = steps.columns.index
-        index = (torch.arange(count * n, device=device) if index is None else index).int().reshape(count, n)
-        row, column = (index[c] for c in self.pairs.unbind(1))
-        row, column = row[:, :, None].expand(-1, n, n), column[:, None, :].expand(-1, n, n)
-        on_diagonal = (self.pairs[:, 0] == self.pairs[:, 1])[:, None, None]
-        # Of a block on the diagonal both triangles are there; of others the one above it isn't.
-        kept = (row < size) & (column < size) & ~(on_diagonal & (row < column))
-        twice = ((row == column) & ~on_diagonal & kept).reshape(-1).nonzero().squeeze(1)
-        self.twice = twice if twice.numel() else None  # what ties bring to the diagonal
-        parts = _parts(self.pairs.cpu().numpy(), index.cpu().numpy(), size)
-        source = kept.reshape(-1).nonzero().squeeze(1).int()
-        self.cholesky = SparseCholesky(source, row[kept], column[kept], parts, size)
+    def __init__(self, steps: Steps):
+        device, count = steps.cameras.device, steps.cameras.shape[0]
+        self.size, self.numbers = steps.columns.count, steps.columns.numbers(device)
+        self.free = steps.columns.cameras(device)
+        self.pairs: Tensor = covisible(steps.camera_index, steps.point_index, count, self.free, steps.group)
+
+    @cached_property
+    def plan(self) -> tuple[list[tuple[Any, int]], float]:
+        """Free parameters by parts of the cameras, and at most how many operations a factor takes.
+
+        Parameters that cameras share are the last part, which all others reach.
+        """
+        free, pairs = self.free.cpu().numpy(), self.pairs.cpu().numpy()
+        of_free = np.zeros(self.numbers.shape[0], np.int64)
+        of_free[free] = np.arange(free.size)
+        edges, numbers = of_free[pairs], self.numbers.cpu().numpy()[free]
+        places = np.where(numbers < self.size, numbers, -1)
+        uses = np.zeros(self.size, np.int64)
+        for camera in places:
+            uses[np.unique(camera[camera >= 0])] += 1
+        own = [np.unique(camera[camera >= 0]) for camera in places]
+        own = [camera[uses[camera] == 1] for camera in own]
+        shared = np.flatnonzero(uses > 1)
+        of_cameras = dissect(Graph(edges, free.size), free.size)
+        work = flops(edges, of_cameras, np.array([camera.size for camera in own], np.int64), shared.size)
+        parts = [(np.concatenate([own[c] for c in nodes]) if nodes.size else nodes, p) for nodes, p in of_cameras]
+        if shared.size:
+            parts = [(part, parent if parent >= 0 else len(parts)) for part, parent in parts]
+            parts.append((shared, -1))
+        return parts, work
+
+    @cached_property
+    def entries(self) -> Entries:
+        return Entries(self.pairs, self.numbers.int(), self.size)
+
+    @cached_property
+    def cholesky(self) -> SparseCholesky:
+        e = self.entries
+        return SparseCholesky(e.source.int(), e.rows, e.columns, self.plan[0], self.size)
 
     def solve(self, steps: Steps, lin: Linearized, damping: Tensor, radius: float) -> Step:
-        values = lin.blocks.reshape(-1)
-        if self.twice is not None:
-            values = values.index_add(0, self.twice, values[self.twice])
-        if not self.cholesky.factorize(values, damping):
+        if not self.cholesky.factorize(self.entries.values(lin.blocks), damping):
             return torch.full_like(lin.rhs, math.nan), 1
         return steps.columns.spread(self.cholesky.solve(steps.columns.fold(lin.rhs))), 1
-
-
-def _parts(pairs: Any, index: Any, size: int) -> list[tuple[Any, int]]:
-    """Free parameters by parts of the cameras; those that cameras share are the last part, which all others reach."""
-    count = index.shape[0]
-    places = np.where(index < size, index, -1)
-    uses = np.zeros(size, np.int64)
-    for camera in places:
-        uses[np.unique(camera[camera >= 0])] += 1
-    parts = []
-    shared = np.flatnonzero(uses > 1)
-    for nodes, parent in dissect(Graph(pairs, count), count):
-        own = np.unique(places[nodes])
-        own = own[own >= 0]
-        parts.append((own[uses[own] == 1], parent))
-    if shared.size:
-        parts = [(own, parent if parent >= 0 else len(parts)) for own, parent in parts]
-        parts.append((shared, -1))
-    return parts
 
 
 def covisible(
@@ -296,23 +320,27 @@ def covisible(
 
     Args:
         camera_index, point_index: ascending by point and then by camera.
-        free: [cameras] bool, those that count; all by default.
+        free: numbers of the cameras that count; all by default.
     """
-    seen = point_index.long() * cameras + camera_index
+    camera, point = camera_index.long(), point_index
+    counts = torch.full((cameras,), free is None, device=camera.device)
     if free is not None:
-        seen = seen[free[camera_index.long()]]
-    seen = seen.unique_consecutive()  # a camera may see a point more than once
-    point, camera = (seen // cameras, seen % cameras) if cameras else (seen, seen)
-    together = torch.eye(cameras, dtype=torch.bool, device=seen.device)
-    for apart in range(1, max(1, len(seen))):
-        same = point[apart:] == point[:-apart]
-        if not bool(same.any()):
-            break
-        together[camera[apart:][same], camera[:-apart][same]] = True
+        counts[free] = True
+    first = torch.ones_like(camera, dtype=torch.bool)  # of a camera that sees a point more than once
+    first[1:] = (camera[1:] != camera[:-1]) | (point[1:] != point[:-1])
+    first &= counts[camera]
+    camera, point = camera[first], point[first]
+    together = counts.diag()
+    at, apart = torch.arange(len(camera), device=camera.device), 0
+    while at.numel():
+        apart += 1
+        at = at[at < len(camera) - apart]
+        at = at[point[at + apart] == point[at]]
+        together[camera[at + apart], camera[at]] = True
     if group is not None:
-        counts = together.int()
-        torch.distributed.all_reduce(counts, group=group)
-        together = counts > 0
+        bits = together.to(torch.uint8)
+        torch.distributed.all_reduce(bits, torch.distributed.ReduceOp.MAX, group=group)
+        together = bits > 0
     return together.nonzero()
 
 
@@ -399,11 +427,6 @@ class Steps:
     def problem(self) -> tuple[Tensor, ...]:
         return self.cameras, self.points, self.observations, self.camera_index, self.point_index
 
-    def pairs(self) -> Tensor:
-        """Of cameras whose block of the reduced matrix has free parameters and isn't 0; and the diagonal ones."""
-        count = self.cameras.shape[0]
-        return covisible(self.camera_index, self.point_index, count, self.columns.has_free, self.group)
-
     def _sum(self, *tensors: Tensor) -> None:
         if self.group is not None:
             for t in tensors:
@@ -444,9 +467,12 @@ class Steps:
             residual, jacobian = self.prior.linearize(self.cameras)
             own = (jacobian.mT @ residual[..., None]).squeeze(-1)
             self.prior_blocks = jacobian.mT @ jacobian
-            place = slice(None) if pairs is None else torch.nonzero(pairs[:, 0] == pairs[:, 1]).squeeze(1)
             padded = torch.nn.functional.pad(self.prior_blocks, (0, self.n - 6, 0, self.n - 6))
-            blocks[place] += padded
+            if pairs is None:
+                blocks += padded
+            else:
+                place = torch.nonzero(pairs[:, 0] == pairs[:, 1]).squeeze(1)
+                blocks[place] += padded[pairs[place, 0]]
             gradient[:, :6] += own
             rhs[:, :6] -= own
             diagonal += padded.diagonal(dim1=1, dim2=2)
@@ -512,15 +538,13 @@ def _sorted(camera_index: Tensor, point_index: Tensor, cameras: int) -> Tensor |
 
 def choose(steps: Steps) -> Solver:
     """The linear solver for a problem: dense for few cameras, sparse where that is cheap, iterative for the rest."""
-    count = steps.cameras.shape[0]
-    if count <= MOST_SPARSE:
-        if steps.columns.count <= MOST_DENSE and count * steps.n <= 2 * MOST_DENSE:
+    if steps.cameras.shape[0] <= MOST_SPARSE:
+        width = len(steps.columns.cameras(steps.cameras.device)) * steps.n
+        if steps.columns.count <= MOST_DENSE and width**2 / 2 <= MOST_ENTRIES:
             return DenseSchur(steps)
-        pairs = steps.pairs()
-        if len(pairs) * steps.n**2 <= MOST_ENTRIES:
-            sparse = SparseSchur(steps, pairs)
-            if sparse.cholesky.flops <= MOST_FLOPS:
-                return sparse
+        sparse = SparseSchur(steps)
+        if len(sparse.pairs) * steps.n**2 <= MOST_ENTRIES and sparse.plan[1] <= MOST_FLOPS:
+            return sparse
     return IterativeSchur(steps)
 
 

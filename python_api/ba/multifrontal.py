@@ -93,6 +93,59 @@ def dissect(graph: Graph, count: int) -> list[tuple[Array, int]]:
     return [(nodes, last - parent if parent >= 0 else -1) for nodes, parent in reversed(parts)]
 
 
+class Elimination:
+    """The order of elimination, and what it ties together.
+
+    Args:
+        rows, columns: [entries], where the matrix has some, in either triangle.
+        parts: as of `SparseCholesky`.
+        size: number of variables.
+
+    Attributes:
+        order: the variables; the part i is order[starts[i] : starts[i + 1]].
+        by_part: the entries by the part that is eliminated first; those of part i are by_part[ends[i] : ends[i + 1]].
+        low, high: [entries] in that order, the earlier and the later place in `order` of each.
+        boundaries: of each part, the places behind it that it is tied to when it is eliminated.
+    """
+
+    def __init__(self, rows: Array, columns: Array, parts: Sequence[tuple[Array, int]], size: int):
+        self.order = np.concatenate([own for own, _ in parts]) if parts else np.empty(0, np.int64)
+        place = np.empty(size, np.int32)
+        place[self.order] = np.arange(self.order.size, dtype=np.int32)
+        sizes = [own.size for own, _ in parts]
+        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        part_of = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)  # by place
+        low, high = place[rows], place[columns]
+        low, high = np.minimum(low, high), np.maximum(low, high)
+        self.by_part = np.argsort(part_of[low], kind="stable").astype(np.int32)
+        self.low, self.high = low[self.by_part], high[self.by_part]
+        self.ends = np.searchsorted(part_of[self.low], np.arange(len(parts) + 1))
+        self.boundaries: list[Array] = []
+        waiting: list[list[Array]] = [[] for _ in parts]  # boundaries of children
+        for i, (_, parent) in enumerate(parts):
+            own = np.unique(self.high[self.ends[i] : self.ends[i + 1]])
+            reached = np.unique(np.concatenate([own, *waiting[i]]))
+            self.boundaries.append(reached[reached >= self.starts[i + 1]])
+            if parent >= 0:
+                waiting[parent].append(self.boundaries[i])
+            waiting[i] = []
+
+
+def flops(edges: Array, parts: Sequence[tuple[Array, int]], widths: Array, shared: int = 0) -> float:
+    """Of a factorization: at most that, and without `shared` just that.
+
+    Args:
+        edges: [E, 2] nodes that are tied.
+        parts: of nodes, as of `SparseCholesky`.
+        widths: [nodes] variables of each.
+        shared: variables of no node that are eliminated last, and that each may be tied to.
+    """
+    e = Elimination(edges[:, 0], edges[:, 1], parts, widths.size)
+    own = [float(widths[nodes].sum()) for nodes, _ in parts]
+    behind = [float(widths[e.order[boundary]].sum()) + shared for boundary in e.boundaries]
+    return shared**3 / 3 + sum(a**3 / 3 + a**2 * b + a * b**2 for a, b in zip(own, behind, strict=True))
+
+
 @dataclass
 class Front:
     """A dense part of the factor: `own` variables and, behind them, those of later fronts that these are tied to."""
@@ -125,40 +178,22 @@ class SparseCholesky:
 
     def __init__(self, source: Tensor, rows: Tensor, columns: Tensor, parts: Sequence[tuple[Array, int]], size: int):
         device = rows.device
-        order = np.concatenate([own for own, _ in parts]) if parts else np.empty(0, np.int64)
-        position = np.empty(size, np.int32)  # in the order of elimination
-        position[order] = np.arange(size, dtype=np.int32)
-        sizes = [own.size for own, _ in parts]
-        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-        part_of = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)  # by position
-        low, high = position[rows.cpu().numpy()], position[columns.cpu().numpy()]
-        low, high = np.minimum(low, high), np.maximum(low, high)
-        by_part = np.argsort(part_of[low], kind="stable").astype(np.int32)
-        low, high, values = low[by_part], high[by_part], source.cpu().numpy()[by_part]
-        del by_part
-        ends = np.searchsorted(part_of[low], np.arange(len(parts) + 1))
+        e = Elimination(rows.cpu().numpy(), columns.cpu().numpy(), parts, size)
+        values, starts, boundaries = source.cpu().numpy()[e.by_part], e.starts, e.boundaries
 
         def tensor(a: Array) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(a, dtype=np.int32)).to(device)
 
         self.fronts: list[Front] = []
-        waiting: list[list[Array]] = [[] for _ in parts]  # boundaries of children
-        boundaries: list[Array] = []
-        for i, (own, parent) in enumerate(parts):
-            entries = slice(ends[i], ends[i + 1])
-            reached = np.unique(np.concatenate([np.unique(high[entries]), *waiting[i]]))
-            boundary = reached[reached >= starts[i + 1]]
-            boundaries.append(boundary)
-            if parent >= 0:
-                waiting[parent].append(boundary)
-            waiting[i] = []
+        for i, ((own, parent), boundary) in enumerate(zip(parts, boundaries, strict=True)):
+            entries = slice(e.ends[i], e.ends[i + 1])
             where, width = self._finder(starts[i], own.size, boundary), own.size + boundary.size
             if width * width >= 2**31:
                 raise MemoryError(f"a dense front of {width} variables is too large")
-            place = where(high[entries]) * width + where(low[entries])
-            own_variables = tensor(order[starts[i] : starts[i + 1]])
+            place = where(e.high[entries]) * width + where(e.low[entries])
+            own_variables = tensor(e.order[starts[i] : starts[i + 1]])
             self.fronts.append(
-                Front(own_variables, tensor(order[boundary]), tensor(values[entries]), tensor(place), None, parent)
+                Front(own_variables, tensor(e.order[boundary]), tensor(values[entries]), tensor(place), None, parent)
             )
         for i, front in enumerate(self.fronts):
             if front.parent >= 0 and boundaries[i].size:
@@ -170,14 +205,6 @@ class SparseCholesky:
     def _finder(start: int, own: int, boundary: Array) -> Any:
         """Positions to numbers in a front."""
         return lambda at: np.where(at < start + own, at - start, own + np.searchsorted(boundary, at))
-
-    @property
-    def flops(self) -> float:
-        """Of a factorization."""
-        return sum(
-            f.own.numel() ** 3 / 3 + f.own.numel() ** 2 * f.boundary.numel() + f.own.numel() * f.boundary.numel() ** 2
-            for f in self.fronts
-        )
 
     def factorize(self, values: Tensor, diagonal: Tensor) -> bool:
         """Whether the matrix with these values, and `diagonal` [size] added, is positive definite."""

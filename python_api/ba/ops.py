@@ -882,8 +882,9 @@ def ba_solve(
         parameter_tolerance: ends when a step's norm is at most this share of the parameters'.
         max_seconds: ends after so long. None: never.
         initial_radius: of the trust region.
-        linear_solver: "dense_schur" (Cholesky), "sparse_schur" (sparse Cholesky, up to 8192 cameras), "iterative_schur"
-            (conjugate gradients, as `ba_pcg`), or "auto", by the number of cameras and the work of a sparse factor.
+        linear_solver: "dense_schur" (Cholesky), "sparse_schur" (sparse Cholesky), both for up to 8192 cameras,
+            "iterative_schur" (conjugate gradients, as `ba_pcg`), or "auto", by the number of free parameters and the
+            work of a sparse factor.
         linear_tolerance, max_linear_iterations: of conjugate gradients; see `ba_pcg`.
 
     Returns:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from effk.ba import multifrontal
-from effk.ba.multifrontal import LEAF, Graph, SparseCholesky, dissect
+from effk.ba.multifrontal import LEAF, Graph, SparseCholesky, dissect, flops
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -277,12 +277,33 @@ def test_parts_without_variables() -> None:
 def test_work() -> None:
     """A dense matrix costs n^3 / 3, in whichever part; a path costs no more than its leaves."""
 
-    def flops(edges: np.ndarray, nodes: int) -> float:
-        rows, columns = (torch.from_numpy(np.append(e, np.arange(nodes))) for e in edges.T)
-        return prepared(rows, columns, dissect(Graph(edges, nodes), nodes), nodes).flops
+    def work(edges: np.ndarray, nodes: int) -> float:
+        return flops(edges, dissect(Graph(edges, nodes), nodes), np.ones(nodes, np.int64))
 
-    assert flops(complete(90), 90) == pytest.approx(90**3 / 3)
-    assert flops(path(2000), 2000) <= 2000 / LEAF * 2 * (LEAF + 2) ** 3
+    assert work(complete(90), 90) == pytest.approx(90**3 / 3)
+    assert work(path(2000), 2000) <= 2000 / LEAF * 2 * (LEAF + 2) ** 3
+
+
+@given(cases(60), st.integers(0, 3))
+def test_work_is_that_of_the_fronts(case: Case, shared: int) -> None:
+    """Of nodes with several variables, and variables that all nodes are tied to."""
+    widths = np.random.default_rng(case.seed).integers(1, 4, case.nodes)
+    first = np.cumsum(widths) - widths
+    of_node = [np.arange(a, a + w) for a, w in zip(first, widths, strict=True)]
+    last = np.arange(widths.sum(), widths.sum() + shared)
+    own = [np.concatenate([of_node[i] for i in nodes] + [last[:0]]) for nodes, _ in case.parts]
+    parts = [
+        (o, parent if parent >= 0 or not shared else len(own)) for o, (_, parent) in zip(own, case.parts, strict=True)
+    ]
+    parts += [(last, -1)] if shared else []
+    tied = [(a, b) for a, b in case.edges.tolist()] + [(i, i) for i in range(case.nodes)]
+    blocks = [np.array(np.meshgrid(of_node[a], of_node[b])).reshape(2, -1) for a, b in tied]
+    blocks += [np.array(np.meshgrid(last, np.arange(last.size + widths.sum()))).reshape(2, -1)]
+    rows, columns = torch.from_numpy(np.concatenate(blocks, 1))
+    fronts = prepared(rows, columns, parts, len(last) + int(widths.sum())).fronts
+    sizes = [(f.own.numel(), f.boundary.numel()) for f in fronts]
+    wanted = sum(a**3 / 3 + a**2 * b + a * b**2 for a, b in sizes)
+    assert flops(case.edges, case.parts, widths, shared) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 15, 16])

@@ -146,9 +146,9 @@ def test_auto_goes_by_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm, "MOST_FLOPS", 1e11)
     monkeypatch.setattr(lm, "MOST_SPARSE", 5)
     assert solve(problem.clone(), max_iterations=1).linear_solver == "iterative_schur"
-    monkeypatch.setattr(lm, "MOST_SPARSE", 6)
     problem.fix_cameras(0, intrinsics=True)  # what counts are free parameters
     monkeypatch.setattr(lm, "MOST_DENSE", 45)
+    monkeypatch.setattr(lm, "MOST_SPARSE", 6)
     assert solve(problem.clone(), max_iterations=1).linear_solver == "dense_schur"
 
 
@@ -1121,37 +1121,73 @@ def test_no_gradients_are_kept() -> None:
 # What is chosen, and refused, by size --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [400, 8300])
+@pytest.mark.parametrize("count", [1000, 8300])
 def test_few_free_cameras_among_many(count: int) -> None:
-    """Neither memory nor time goes by the fixed ones."""
+    """Neither memory nor time goes by the fixed ones; but ba_schur with pairs takes no more than 8192 in all."""
     problem, _ = scene(count, 2 * count, kind="street", observations=8 * count, seed=1, perturbation=0.01)
     problem.fix_cameras(range(10, count), pose=True, intrinsics=True)
+    other = problem.clone()
     summary = solve(problem, max_iterations=12)
     assert summary.free_parameters == 90 and summary.final_cost < summary.initial_cost
-    assert summary.linear_solver == ("sparse_schur" if count == 400 else "iterative_schur")
+    assert summary.linear_solver == ("dense_schur" if count == 1000 else "iterative_schur")
+    if count == 1000:
+        steps = lm.Steps(*given(problem), None, None, problem.columns, None, lm.Options(model=problem.model))
+        sparse = lm.SparseSchur(steps)
+        assert len(lm.DenseSchur(steps).pairs) == 55 >= len(sparse.pairs)
+        assert sum(part.size for part, _ in sparse.plan[0]) == 90 and len(sparse.plan[0]) < 10
+        found = solve(other, max_iterations=12, linear_solver="sparse_schur")
+        assert found.final_cost == pytest.approx(summary.final_cost, rel=1e-6)
+
+
+def test_few_parameters_of_many_cameras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense matrix is made of blocks between all cameras, however few parameters they share."""
+    problem, truth = scene(40, 80, kind="street", observations=320, seed=1, perturbation=0.01)
+    kit.shared_intrinsics(problem, truth, 0.5)
+    problem.fix_cameras(range(1, 40))
+    dense = solve(problem.clone(), max_iterations=4)
+    assert dense.free_parameters == 9 and dense.linear_solver == "dense_schur"
+    monkeypatch.setattr(lm, "MOST_ENTRIES", (40 * 9) ** 2 // 2 - 1)
+    sparse = solve(problem.clone(), max_iterations=4)
+    assert sparse.linear_solver == "sparse_schur"
+    assert sparse.final_cost == pytest.approx(dense.final_cost, rel=1e-9)
 
 
 def test_pairs_are_of_free_cameras() -> None:
     """Of all of them that see a point in common, and each with itself; seen more than once counts once."""
     problem, _ = scene(6, 30, kind="street", observations=90, seed=2)
     problem.fix_cameras([1, 4], pose=True, intrinsics=True)
-    twice = {name: torch.cat([getattr(problem, name)] * 2) for name in ("observations", "camera_index", "point_index")}
-    for p in (problem, replace(problem, **twice)):
+    repeats = 1 + torch.arange(90) % 3
+    names = ("observations", "camera_index", "point_index")
+    more = {name: getattr(problem, name).repeat_interleave(repeats, 0) for name in names}
+    for p in (problem, permuted(replace(problem, **more))):
         seen = set(zip(p.camera_index.tolist(), p.point_index.tolist(), strict=True))
-        wanted = {(c, c) for c in range(6)}
+        wanted = {(c, c) for c in (0, 2, 3, 5)}
         for a, b in itertools.product((0, 2, 3, 5), repeat=2):
             if a > b and {p for c, p in seen if c == a} & {p for c, p in seen if c == b}:
                 wanted.add((a, b))
         steps = lm.Steps(*given(p), None, None, p.columns, None, lm.Options(model=p.model))
-        assert [tuple(pair) for pair in steps.pairs().tolist()] == sorted(wanted)
+        assert [tuple(pair) for pair in lm.SparseSchur(steps).pairs.tolist()] == sorted(wanted)
 
 
-def test_cameras_that_all_see_each_other_are_left_to_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything of the matrix' size is made."""
-    problem, _ = scene(720, 2)
-    monkeypatch.setattr(lm, "SparseSchur", None)
-    steps = lm.Steps(*given(problem), None, None, None, None, lm.Options(model=problem.model))
+def test_a_point_that_a_camera_sees_often() -> None:
+    """Which of a large problem takes no pass over it for each time."""
+    often = torch.zeros(2**18, dtype=torch.int32)
+    assert lm.covisible(often, often, 2).tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("limit", ["MOST_ENTRIES", "MOST_FLOPS"])
+def test_a_factor_that_takes_too_much_is_not_begun(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of 1200 cameras that all see the same points, whose matrix is dense."""
+    count = 1200
+    camera, point = torch.arange(count).repeat(2), torch.arange(2).repeat_interleave(count)
+    tensors = torch.zeros(count, 9), torch.zeros(2, 3), torch.zeros(2 * count, 2)
+    steps = lm.Steps(*(t.double() for t in tensors), camera, point, None, None, None, None, lm.Options())
+    monkeypatch.setattr(lm, "Entries", None)
+    monkeypatch.setattr(lm, "MOST_ENTRIES" if limit == "MOST_FLOPS" else "MOST_FLOPS", math.inf)
+    monkeypatch.setattr(lm, "MOST_DENSE", 0)
     assert isinstance(lm.choose(steps), lm.IterativeSchur)
+    if limit == "MOST_FLOPS":
+        assert lm.SparseSchur(steps).plan[1] == pytest.approx((9 * count) ** 3 / 3)
 
 
 @pytest.mark.parametrize("name", ["dense_schur", "sparse_schur"])
