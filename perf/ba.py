@@ -24,6 +24,7 @@ import torch
 from effk.ba import Problem as Scene
 from effk.ba import generate
 from effk.ba import levenberg_marquardt as steps
+from effk.ba.reference import MIN_DIAGONAL
 from torch import Tensor
 
 from .harness.check import difference
@@ -164,7 +165,7 @@ def _consistent(op: str, s: Scene, extra: tuple[Any, ...]) -> Callable[[Any, boo
         of_points.index_add_(0, points, of_point.mT @ of_point)
         right = torch.zeros_like(s.points).index_add_(0, points, (of_point * u[..., None]).sum(1))
         diagonal = of_points.diagonal(dim1=1, dim2=2)
-        damped = of_points + torch.diag_embed(diagonal.clamp_min(steps.MIN_DIAGONAL) / RADIUS)
+        damped = of_points + torch.diag_embed(diagonal.clamp_min(MIN_DIAGONAL) / RADIUS)
         step = torch.linalg.solve(damped, right)
         if op == "ba_backsubstitute":
             scale = step.norm(dim=1, keepdim=True).expand_as(step) * torch.linalg.cond(damped)[:, None]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,6 @@ from .reference import check_damping, check_indices, check_loss, check_problem, 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MIN_DIAGONAL = 1e-6  # what damping takes for a smaller diagonal entry; kMinDiagonal of kernels/ba/ba.h
 MIN_RELATIVE_DECREASE = 1e-3  # of an accepted step: true change over foretold change
 MAX_RADIUS, MIN_RADIUS = 1e16, 1e-32
 MAX_FAILURES = 5  # steps in a row that can't be computed
@@ -42,7 +42,7 @@ class Iteration(NamedTuple):
 
     cost: float
     change: float  # of the cost by the step; of a rejected step, what it would have been
-    gradient: float  # largest absolute entry
+    gradient: float  # largest absolute entry; where the step ends the solve, that of before it
     step: float  # norm
     radius: float  # of the trust region, after the step
     linear_iterations: int
@@ -518,8 +518,11 @@ class Steps:
             *self.problem, self.depth, model=self.options.model, depth_weight=self.options.depth_weight
         )
         bad = (~residual.isfinite()).any(1).nonzero()
+        (any_bad,) = self.agree(bool(bad.numel()))
         if not bad.numel():
-            return "the cost at the start is too large for float64"
+            if any_bad:
+                return "residuals of another rank of the group aren't finite"
+            return "the cost at the start is too large for float64, or its derivatives are"
         camera, point = int(self.camera_index[bad[0]]), int(self.point_index[bad[0]])
         return f"camera {camera} can't see point {point}, which is in its plane or overflows; wanted finite residuals"
 
@@ -582,8 +585,8 @@ def minimize(
         return "stopped by the callback" if stopped else f"max_seconds ({o.max_seconds:g}) is over" if over else ""
 
     lin = steps.linearize(solver.pairs, radius)
-    # Some losses are finite of infinite residuals; their gradients aren't.
-    if not math.isfinite(lin.cost + lin.point_gradient + float(lin.gradient.sum()) + float(lin.rhs.sum())):
+    # Some losses are finite of infinite residuals; their gradients aren't. A rhs that isn't may be with less radius.
+    if not math.isfinite(lin.cost + lin.point_gradient + float(lin.gradient.abs().sum())):
         raise RuntimeError(f"effk::{steps.op}: {steps.what_is_not_finite()}")
     cost = lin.cost
     gradient = _largest(steps, lin)
@@ -595,7 +598,7 @@ def minimize(
         if len(history) > o.max_iterations:
             ended = f"max_iterations ({o.max_iterations}) is reached"
             break
-        damping = steps.columns.fold(lin.diagonal).clamp_min(MIN_DIAGONAL) / radius
+        damping = steps.columns.fold(lin.diagonal).clamp_min(reference.MIN_DIAGONAL) / radius
         camera_step, linear_iterations = solver.solve(steps, lin, damping, radius)
         point_step, promised = steps.backsubstitute(camera_step, radius)
         new_cameras, new_points = steps.retract(camera_step, point_step)
@@ -729,6 +732,11 @@ def check_solve(
     o = options
     n, _ = check_problem(op, cameras, points, observations, camera_index, point_index, depth, o.model, o.depth_weight)
     check_loss(op, o.loss, o.loss_scale)
+    square = o.loss_scale * o.loss_scale
+    torch._check(
+        0 < square < math.inf,
+        lambda: f"effk::{op}: loss_scale is {o.loss_scale}, its square {square}; wanted neither 0 nor infinity",
+    )
     check_damping(op, fixed_points, points, 1.0)
     torch._check(o.initial_radius > 0, lambda: f"effk::{op}: initial_radius is {o.initial_radius}; wanted more than 0")
     count = cameras.shape[0]
@@ -807,6 +815,24 @@ def check_columns(op: str, columns: Tensor | None, cameras: Tensor, n: int) -> N
     )
 
 
+@contextmanager
+def refusing_together(op: str, group: ProcessGroup | None, cameras: Any) -> Iterator[None]:
+    """Where a rank of a group raises inside, all of them do, rather than wait for it."""
+    wrong: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        wrong = error
+    if group is not None:
+        none = group.size()
+        first = torch.tensor(none if wrong is None else group.rank(), device=getattr(cameras, "device", None))
+        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN, group=group)
+        if wrong is None and int(first) < none:
+            wrong = RuntimeError(f"effk::{op}: rank {int(first)} of the group refused its arguments")
+    if wrong is not None:
+        raise wrong
+
+
 def run(
     op: str,
     cameras: Tensor,
@@ -825,21 +851,11 @@ def run(
 ) -> Result:
     """Checks everything and solves, in place. Where a rank of a group refuses its arguments, all of them raise."""
     problem = cameras, points, observations, camera_index, point_index, depth, fixed_points, columns, positions
-    wrong: Exception | None = None
-    try:
+    with refusing_together(op, group, cameras):
         check_solve(op, *problem, options)
         check_indices(op, cameras, points, camera_index, point_index)
         check_finite(op, cameras, points, observations)
         check_columns(op, columns, cameras, parameters(options.model))
-    except Exception as error:
-        wrong = error
-    if group is not None:
-        refused = torch.tensor(int(wrong is not None), device=cameras.device)
-        torch.distributed.all_reduce(refused, group=group)
-        if wrong is None and int(refused):
-            raise RuntimeError(f"effk::{op}: another rank of the group has refused its arguments")
-    if wrong is not None:
-        raise wrong
     with torch.no_grad():
         steps = Steps(*problem, options, group, op)
         try:
@@ -884,20 +900,20 @@ def ba_solve(
     max_linear_iterations: int = 500,
 ) -> Tensor:
     options = Options(
-        model,
-        loss,
-        loss_scale,
-        depth_weight,
-        position_weight,
-        max_iterations,
-        function_tolerance,
-        gradient_tolerance,
-        parameter_tolerance,
-        max_seconds,
-        initial_radius,
-        linear_solver,
-        linear_tolerance,
-        max_linear_iterations,
+        model=model,
+        loss=loss,
+        loss_scale=loss_scale,
+        depth_weight=depth_weight,
+        position_weight=position_weight,
+        max_iterations=max_iterations,
+        function_tolerance=function_tolerance,
+        gradient_tolerance=gradient_tolerance,
+        parameter_tolerance=parameter_tolerance,
+        max_seconds=max_seconds,
+        initial_radius=initial_radius,
+        linear_solver=linear_solver,
+        linear_tolerance=linear_tolerance,
+        max_linear_iterations=max_linear_iterations,
     )
     problem = cameras, points, observations, camera_index, point_index, depth, fixed_points, columns, positions
     return table(run("ba_solve", *problem, options).history, max_iterations, cameras)
@@ -925,20 +941,18 @@ def gp_solve(
     max_linear_iterations: int = 500,
 ) -> Tensor:
     options = Options(
-        "position",
-        loss,
-        loss_scale,
-        1.0,
-        1.0,
-        max_iterations,
-        function_tolerance,
-        gradient_tolerance,
-        parameter_tolerance,
-        max_seconds,
-        initial_radius,
-        linear_solver,
-        linear_tolerance,
-        max_linear_iterations,
+        model="position",
+        loss=loss,
+        loss_scale=loss_scale,
+        max_iterations=max_iterations,
+        function_tolerance=function_tolerance,
+        gradient_tolerance=gradient_tolerance,
+        parameter_tolerance=parameter_tolerance,
+        max_seconds=max_seconds,
+        initial_radius=initial_radius,
+        linear_solver=linear_solver,
+        linear_tolerance=linear_tolerance,
+        max_linear_iterations=max_linear_iterations,
     )
     problem = cameras, points, observations, camera_index, point_index, None, fixed_points, columns, None
     return table(run("gp_solve", *problem, options).history, max_iterations, cameras)

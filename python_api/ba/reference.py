@@ -18,7 +18,7 @@ MODELS = tuple(dict.fromkeys((*INTRINSICS, POSITION)))
 LOSSES = ("trivial", "huber", "cauchy", "soft_l1", "tukey")
 FLOATS = (torch.float32, torch.float64)
 MIN_SCALE = 1e-5  # of a direction, in model "position"
-MIN_DIAGONAL = 1e-6  # what damping takes for a smaller diagonal entry, as Ceres does
+MIN_DIAGONAL = 1e-6  # what damping takes for a smaller diagonal entry, as Ceres does; kMinDiagonal of kernels/ba/ba.h
 
 # --- Checks that need no look at the contents ------------------------------------------------------------------------
 

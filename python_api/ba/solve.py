@@ -87,8 +87,8 @@ class Summary:
         root = (2 * self.final_cost / max(1, self.observations)) ** 0.5
         return (
             f"{self.cameras} cameras, {self.points} points, {self.observations} observations; {self.linear_solver}\n"
-            f"cost {self.initial_cost:.6e} -> {self.final_cost:.6e} ({root:.3g} root mean square) in {self.iterations} "
-            f"iterations, {self.seconds:.3f} s\n{self.termination}"
+            f"cost {self.initial_cost:.6e} -> {self.final_cost:.6e} (sqrt(2 cost / observations): {root:.3g}) in "
+            f"{self.iterations} iterations, {self.seconds:.3f} s\n{self.termination}"
             + (f"\n{self.behind} observations are behind their camera" if self.behind else "")
         )
 
@@ -146,10 +146,13 @@ def solve(
         A `Summary`. Each iteration is also logged, at level DEBUG.
 
     Raises:
-        RuntimeError: as `ba_solve`, also where the problem's fields don't fit together.
+        ValueError: the problem doesn't pass its `check`.
+        RuntimeError: as `ba_solve`; another rank of the group raised one of these.
         TypeError: an unknown option.
     """
-    chosen = Options(model=problem.model, **options)
+    with levenberg_marquardt.refusing_together("ba_solve", group, problem.cameras):
+        chosen = Options(model=problem.model, **options)
+        problem.check()
     if group is not None and group.rank() > 0:  # which has nothing else to say than the first
         verbose = progress = False
     number = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import math
 import time
@@ -67,7 +69,7 @@ def solved(problem: Problem, options: dict[str, Any], group: Any = None) -> dict
         "points": problem.points,
         "history": torch.tensor(summary.history, dtype=torch.float64)[:, :6],
         "termination": summary.termination,
-        "counts": (summary.cameras, summary.points, summary.observations, summary.free_parameters),
+        "counts": (summary.cameras, summary.points, summary.observations, summary.free_parameters, summary.behind),
     }
 
 
@@ -100,13 +102,27 @@ def rank_of_all(rank: int, groups: Groups) -> dict[Any, Any]:
             callback=lambda _: time.sleep(0.6 * rank),
         )
         found["late"] = (late.termination, late.iterations)
-        for name in ("points", "cameras"):
-            broken = share_of(problem, shares(2)[rank])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            solve(share_of(problem, shares(2)[rank]), group=groups[2], verbose=True, max_iterations=3)
+        found["printed"] = len(printed.getvalue().splitlines())
+        last = problem.clone()  # whose last observation, of the second rank, is of a point in the camera's plane
+        camera, point = int(last.camera_index[-1]), int(last.point_index[-1])
+        last.cameras[camera, :6] = torch.cat([torch.zeros(3), -last.points[point]])
+        for name, options in {
+            "points": {},
+            "cameras": {},
+            "loss": {},
+            "option": {},
+            "plane": {"loss": "tukey"},
+        }.items():
+            broken = share_of(last if name == "plane" else problem, shares(2)[rank])
             if rank == 1:
-                getattr(broken, name)[3, 0] = math.nan if name == "points" else 0.1
+                if name in ("points", "cameras"):
+                    getattr(broken, name)[3, 0] = math.nan if name == "points" else 0.1
+                options = {"loss": {"loss": "l2"}, "option": {"losss": "huber"}}.get(name, options)
             try:
-                solve(broken, group=groups[2])
-            except RuntimeError as error:
+                solve(broken, group=groups[2], **options)
+            except (RuntimeError, TypeError, ValueError) as error:
                 found[name] = str(error)
     return found
 
@@ -143,7 +159,7 @@ def test_ranks_agree_with_each_other_and_with_one_alone(
     assert float(costs[0][-1]) == pytest.approx(float(costs[1][-1]), rel=1e-6)
     if len(costs[0]) == len(costs[1]):
         torch.testing.assert_close(points, alone["points"], rtol=1e-3, atol=1e-3)
-    assert [result["counts"] for result in results] == [(6, 50, 180, alone["counts"][3])] * size
+    assert alone["counts"][:3] == (6, 50, 180) and [result["counts"] for result in results] == [alone["counts"]] * size
 
 
 def test_one_rank_stops_all(found: list[dict[Any, Any]]) -> None:
@@ -159,6 +175,11 @@ def test_time_is_over_for_all(found: list[dict[Any, Any]]) -> None:
 
 def test_all_refuse_what_one_has(found: list[dict[Any, Any]]) -> None:
     """Rather than one, for which the others would wait; and that one knows what it is."""
-    assert "effk::ba_solve: another rank of the group has refused its arguments" in found[0]["points"]
-    assert "points[3] holds NaN" in found[1]["points"]
+    for name, why in (("points", "points isn't finite in row 3"), ("loss", "loss is 'l2'"), ("option", "losss")):
+        assert found[0][name] == "effk::ba_solve: rank 1 of the group refused its arguments" and why in found[1][name]
     assert all("effk::ba_solve: cameras differ" in found[rank]["cameras"] for rank in range(2))
+    assert "residuals of another rank" in found[0]["plane"] and "can't see point" in found[1]["plane"]
+
+
+def test_first_rank_prints_for_all(found: list[dict[Any, Any]]) -> None:
+    assert [found[rank]["printed"] for rank in range(2)] == [8, 0]  # a heading, four rows and three lines of summary
