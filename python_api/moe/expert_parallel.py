@@ -176,6 +176,7 @@ class Visits:
         token, rank: [V] of each visit, by (rank, token).
         rows: [V, 2k] int32, what is announced: ids as the rank numbers its experts, and the bits of weights.
         run: [T, k] the visit that a pair is part of; V for none.
+        begins: [T, k] bool, the first pairs of the visits.
         counts: visits to each rank.
     """
 
@@ -186,6 +187,7 @@ class Visits:
     rank: Tensor
     rows: Tensor
     run: Tensor
+    begins: Tensor
     counts: list[int]
 
     @classmethod
@@ -210,7 +212,8 @@ class Visits:
         number[order] = torch.arange(len(order), device=device)
         run = (begins.view(-1).long().cumsum(0) - 1).view(rank.shape)
         run = torch.where(rank < ranks, number[run.clamp(min=0)] if len(order) else 0, len(order))
-        return cls(ids, weights, back, token, of_visit, rows, run, torch.bincount(of_visit, minlength=ranks).tolist())
+        counts = torch.bincount(of_visit, minlength=ranks).tolist()
+        return cls(ids, weights, back, token, of_visit, rows, run, begins, counts)
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,7 @@ class Call:
             own numbers of experts, -1 for others'.
         announced: [R] of each visit as it was announced, by (source, token), its place among those.
         bounds: where the experts of each stage begin, and where the last one's end.
+        sources: how many visits each rank has announced.
     """
 
     def __init__(
@@ -303,7 +307,7 @@ class Call:
         # One that is elsewhere has been refused by now; the others still have to hear of it.
         device = next((t.device for t in (x, w2, ids) if t.device.type != "meta"), torch.device("cpu"))
         agreed = agree(op, self.group, wrong, said, visits, tokens, stages, device)
-        self.bounds = stage_bounds(experts, agreed.stages)
+        self.bounds, self.sources = stage_bounds(experts, agreed.stages), agreed.visits
 
         assert visits is not None
         self.visits = v = visits
@@ -376,15 +380,12 @@ class Call:
         """[R, n] of the visits of this rank, as they arrived -> [V, n] of this rank's visits."""
         sent = rows[self.announced]
         out = rows.new_empty(len(self.visits.token), rows.shape[1])
-        by_source = [sum(s[r] for s in self.there.arrivals) for r in range(self.ranks)]
-        exchange(self.group, out, sent, self.visits.counts, by_source).wait()
+        exchange(self.group, out, sent, self.visits.counts, self.sources).wait()
         return out
 
     def of_tokens(self, sums: Tensor) -> Tensor:
         """[V, n] -> [T, n]: each token's visits added up, by ascending rank."""
-        run = self.visits.run
-        begins = run != torch.nn.functional.pad(run, (1, 0), value=-1)[:, : run.shape[1]]
-        places = torch.where(begins & (run < len(sums)), run, -1)
+        places = torch.where(self.visits.begins, self.visits.run, -1)
         return torch.ops.effk.moe_combine(sums, places, torch.ones_like(self.visits.weights))
 
     def pairs_of_tokens(self, found: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ class Prediction:
         compute: of its products and stages.
         communication: of its rows, one exchange after the other.
         waiting: for rows, while nothing computes.
+        call: of all else.
     """
 
     total: float
