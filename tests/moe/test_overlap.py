@@ -16,14 +16,14 @@ LOAD = Load(tokens=1024, ranks=8, experts=64, pairs=4, cols=2048, inner=1024)
 
 costs = st.builds(
     Costs,
-    call=st.floats(0, 1e-3),
-    stage=st.floats(0, 1e-3),
-    byte=st.floats(0, 1e-8),
-    hidden=st.floats(0, 1),
+    call=st.floats(0, 1e-3, allow_subnormal=False),
+    stage=st.floats(0, 1e-3, allow_subnormal=False),
+    byte=st.floats(0, 1e-8, allow_subnormal=False),
+    hidden=st.floats(0, 1, allow_subnormal=False),
     products=st.builds(
         lambda least, more: ((1.0, least), (8.0, least), (64.0, least + more)),
         st.floats(1e-16, 1e-9),
-        st.floats(0, 1e-7),
+        st.floats(0, 1e-7, allow_subnormal=False),
     ),
 )
 loads = st.builds(
