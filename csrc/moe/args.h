@@ -281,8 +281,8 @@ inline MlpCall check_mlp(const OptTensor& y, const Tensor& x, const Tensor& w13,
   call.weights = torch::stable::contiguous(weights);
   if (y) {
     check::dtype(op, "y", *y, {ScalarType::Float});
-    EFFK_CHECK(std::equal(y->sizes().begin(), y->sizes().end(), x.sizes().begin(), x.sizes().end()), op,
-               "y has shape ", check::str(y->sizes()), "; wanted x's, ", check::str(x.sizes()));
+    EFFK_CHECK(std::equal(y->sizes().begin(), y->sizes().end(), x.sizes().begin(), x.sizes().end()), op, "y has shape ",
+               check::str(y->sizes()), "; wanted x's, ", check::str(x.sizes()));
     check::contiguous(op, "y", *y);
     check::device(op, "y", *y, "x", x);
   }
