@@ -1,14 +1,15 @@
 """`python -m effk.perf`: times effk's back ends and their peers in one process, each checked before it is timed.
 
-Exit status: 0; 1 where a result was wrong or effk failed; 2 for bad arguments; 130 when interrupted (what was
-measured by then is printed and written).
+Exit status: 0; 1 where a result was wrong or effk failed; 2 for bad arguments; 3 where effk is slower than in --base;
+130 when interrupted (what was measured by then is printed and written).
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,45 @@ import torch
 from effk._registry import find
 
 from .harness import page, table
-from .harness.machine import facts, measure_limits
+from .harness.machine import device_name, facts, measure_limits
 from .harness.problem import Family, Problem, families
-from .harness.record import Record, changes, differing_machines
+from .harness.record import Record, compare, read_base
 from .harness.run import Runner, main_backend, short
 from .harness.timing import clock_for
 
 SEED = 0
 SECONDS, QUICK_SECONDS = 4.0, 1.0  # of timed calls a problem
+WRONG, BAD_ARGUMENTS, SLOWER, INTERRUPTED = 1, 2, 3, 130  # exit statuses
 
 
 def arguments(known: dict[str, Family]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m effk.perf", description=__doc__.split("\n\n")[0])
     parser.add_argument("family", nargs="*", help=f"of {', '.join(known)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="a few small problems, under a minute")
+    parser.add_argument("--quick", action="store_true", help="a few small problems, under 90 seconds")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU where effk can use one")
     parser.add_argument("--threads", type=int, help="of the CPU; by default torch's number")
     parser.add_argument("--peers", default="all", help="names, comma-separated, or all (default) or none")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="F", help="shows an earlier --json; measures nothing"
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="writes what was measured")
     parser.add_argument("--report", type=Path, metavar="DIR", help="writes index.html and its pictures")
-    parser.add_argument("--base", type=Path, metavar="F", help="an earlier --json: lists changes beyond the spread")
+    parser.add_argument(
+        "--base", metavar="F|REF", help="compares with an earlier --json, or with the records kept at a git commit"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.05, metavar="X", help="relative change from --base that is none (default 0.05)"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar (there is none on a pipe)")
     return parser
+
+
+def flags(args: argparse.Namespace) -> str:
+    """Those that tell what is measured, not where it is written."""
+    said = {"--quick": args.quick, "--device": args.device, "--threads": args.threads}
+    said["--peers"] = args.peers if args.peers != "all" else None
+    words = [[name] if value is True else [name, str(value)] for name, value in said.items() if value]
+    return shlex.join([word for pair in words for word in pair])
 
 
 @contextmanager
@@ -85,6 +103,7 @@ def measure(
     peers: Sequence[str] | None,
     seconds: float,
     show: bool,
+    flags: str,
 ) -> Record:
     """Interrupted, it returns what was measured so far, with `finished` False."""
     notes: dict[str, str] = {}
@@ -94,7 +113,8 @@ def measure(
     clock = clock_for(device)
     limits = measure_limits(device)
     runner = Runner(device, clock, limits, peers, seconds, SEED)
-    record = Record(facts(device, clock.caches), limits, SEED, notes)
+    checks = {family.name: family.check for family, _ in problems}
+    record = Record(facts(device, clock.caches), limits, SEED, notes, flags=flags, checks=checks)
     try:
         with progress(len(problems), show) as advance:
             for family, problem in problems:
@@ -109,14 +129,17 @@ def measure(
     return record
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    known = families()
-    parser = arguments(known)
-    args = parser.parse_args(argv)
-    if unknown := set(args.family) - set(known):
-        parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    chosen = [known[name] for name in args.family or known]
-    problems = [(f, p) for f in chosen for p in f.problems if p.quick == args.quick]
+def plan(
+    args: argparse.Namespace, known: dict[str, Family], parser: argparse.ArgumentParser
+) -> tuple[str, Callable[[], Record]]:
+    """The device's name, and what gives the record that the arguments ask for: by reading, or by measuring."""
+    if args.source:
+        try:
+            read = Record.read(args.source)
+        except (OSError, ValueError) as error:
+            parser.error(f"--from: {error}")
+        return read.machine["device"], lambda: read
+    problems = [(f, p) for f in (known[n] for n in args.family or known) for p in f.problems if p.quick == args.quick]
     device = torch.device(args.device or default_device([p for _, p in problems]))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
@@ -124,28 +147,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = peers_wanted(args.peers, [p for _, p in problems], device, parser)
     if args.threads:
         torch.set_num_threads(args.threads)
+    seconds = QUICK_SECONDS if args.quick else SECONDS
+    return device_name(device), lambda: measure(problems, device, peers, seconds, not args.no_progress, flags(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    known = families()
+    parser = arguments(known)
+    args = parser.parse_args(argv)
+    if unknown := set(args.family) - set(known):
+        parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if args.report and (reason := page.missing()):
+        parser.error(f"--report: {reason}; --json keeps what was measured, and --from makes its report elsewhere")
+    device, make = plan(args, known, parser)
     try:
-        base = Record.read(args.base) if args.base else None
+        bases = read_base(args.base, device) if args.base else []
     except (OSError, ValueError) as error:
         parser.error(f"--base: {error}")
 
-    record = measure(problems, device, peers, QUICK_SECONDS if args.quick else SECONDS, not args.no_progress)
-    found = list(changes(base, record)) if base else None
+    record = make()
+    found = compare(bases, record, args.noise) if bases else None
     printer = table.Printer()
     table.print_record(record, printer)
-    if base and found is not None:
-        for line in differing_machines(base, record):
-            printer.line(f"the base is of another machine or set-up: {line}", "bad")
-        if found:
-            printer.table(table.changes_table(found))
-        else:
-            printer.line("no time changed beyond the spread", "strong")
+    if found:
+        table.print_comparison(found, printer)
     if args.json:
         record.write(args.json)
     if args.report:
         page.write(record, args.report, found)
         printer.line(f"report   {args.report / 'index.html'}")
-    return 1 if record.errors() else 0 if record.finished else 130
+    if record.errors():
+        return WRONG
+    if not record.finished:
+        return INTERRUPTED
+    return SLOWER if found and found.regressions else 0
 
 
 def peers_wanted(
@@ -165,4 +200,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before anything was measured
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

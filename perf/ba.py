@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import math
 import os
 import shutil
@@ -28,7 +27,7 @@ from effk.ba.reference import MIN_DIAGONAL
 from torch import Tensor
 
 from .harness.check import difference
-from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work
+from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work, not_installed
 
 SEED = 0
 NOISE = 0.5  # pixels
@@ -446,8 +445,8 @@ def positioning_problem(
 
 
 def positioning_problems(size: Mapping[str, Any], load: Callable[[torch.device], Scene]) -> list[Problem]:
-    known = importlib.util.find_spec("pycolmap") is not None
-    return [positioning_problem(size, load, until_peer=until) for until in ((False, True) if known else (False,))]
+    ends = (False,) if not_installed("pycolmap") else (False, True)
+    return [positioning_problem(size, load, until_peer=until) for until in ends]
 
 
 def _gp_cost(cameras: Tensor, points: Tensor, s: Scene) -> Tensor:
@@ -517,7 +516,7 @@ PYCOLMAP = Peer(
     "pycolmap",
     _pycolmap,
     "run_global_positioning from the same start, all points with two views or more, Ceres' threads",
-    lambda work: "" if importlib.util.find_spec("pycolmap") else "not installed (pip install pycolmap)",
+    lambda work: not_installed("pycolmap"),
     _of_pycolmap,
     own_threads=True,
 )
@@ -525,7 +524,10 @@ PYCOLMAP = Peer(
 
 # --- The lists --------------------------------------------------------------------------------------------------------
 
-LARGE = {"scene": "aerial", "C": 1000, "P": 200_000, "O": 1_000_000}
+AERIAL: list[Mapping[str, Any]] = [
+    {"scene": "aerial", "C": cameras, "P": 200 * cameras, "O": 1000 * cameras} for cameras in (10, 100, 1000)
+]
+RING: Mapping[str, Any] = {"scene": "ring", "C": 1000, "P": 200_000, "O": 1_000_000}
 MEDIUM = {"scene": "ring", "C": 100, "P": 10_000, "O": 50_000}
 SMALL = {"scene": "ring", "C": 12, "P": 400, "O": 2_000}
 BAL = Path(os.environ.get("EFFK_BAL", ""))
@@ -558,11 +560,8 @@ def _files() -> list[Problem]:
 
 PROBLEMS = [
     *_files(),
-    *step_problems(LARGE),
-    *(
-        solve_problem(size, _loading(size))
-        for size in ({"scene": kind, "C": 1000, "P": 200_000, "O": 1_000_000} for kind in ("aerial", "ring"))
-    ),
+    *(problem for size in AERIAL for problem in step_problems(size)),
+    *(solve_problem(size, _loading(size)) for size in (*AERIAL, RING)),
     *positioning_problems(MEDIUM, functools.partial(_true, MEDIUM)),
     *step_problems(SMALL, quick=True),
     solve_problem(SMALL, _loading(SMALL), quick=True),

@@ -3,7 +3,7 @@
 # Needs no network and installs nothing: torch with CUDA, nvcc, CMake, ninja and pytest have to be there.
 # A step that fails is reported and the later ones still run; the exit status is 0 only when all passed.
 #
-# OUT    where gpu.log, perf.json and report/ go, perf/out by default
+# OUT    where gpu.log and perf.json go, perf/out by default; `python -m effk.perf --from` makes a report of the latter
 # LIMIT  seconds for all steps together, 570 by default
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -96,7 +96,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     skip "memcheck, racecheck" "compute-sanitizer isn't here"
 fi
-step perf 240 python3 -m effk.perf --device cuda --no-progress --json "$OUT/perf.json" --report "$OUT/report"
+step perf 240 python3 -m effk.perf --device cuda --no-progress --json "$OUT/perf.json"
 step "tests, the rest" 120 python3 -m pytest -q -n "$workers" -m "not cuda and not slow" --ignore=tests/packaging -p no:cacheprovider
 
 printf '\n== Summary (%s s)\n' "$SECONDS"

@@ -6,7 +6,6 @@ So effk's result must be the float64 one rounded once to its type, whatever the 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .harness.check import difference, rounding
-from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, only
+from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, not_installed, only
 
 SEED = 0
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -228,9 +227,7 @@ def peft_switch(adapter_dtype: torch.dtype) -> Callable[[Layers], Call]:
 
 
 def no_peft(work: Work) -> str:
-    if importlib.util.find_spec("peft") is None:
-        return "peft not installed"
-    return "too many layers" if len(work.inputs.w) > 8 else ""
+    return not_installed("peft") or ("too many layers" if len(work.inputs.w) > 8 else "")
 
 
 def copies(of: Layers) -> Call:
@@ -435,13 +432,13 @@ def applying(
 
 PROBLEMS = [
     *(merging(dtype) for dtype in DTYPES),
-    merging("bf16", rank=64),
+    *(merging("bf16", rank=rank) for rank in (4, 64)),
     merging("bf16", base=False),
     *others(2048),
     *(applying(64, dtype, caches=caches) for dtype in DTYPES for caches in ("cold", "warm")),
     applying(64, ranks="mixed", rank=64),
     *(applying(tokens, adapters=8, rank=64) for tokens in (1, 16)),
-    applying(512),
+    *(applying(tokens) for tokens in (1, 8, 512)),
     # 13 GB of weights, as many of copies, and as many for each candidate.
     replace(merging("bf16", count="llama-7b", rank=64), devices=("cuda",)),
     # For a look, not for a claim.

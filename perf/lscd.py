@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .harness.check import difference, inequality, rounding
 from .harness.machine import Limits
-from .harness.problem import Call, Derived, Goal, Peer, Problem, Work, only
+from .harness.problem import Call, Derived, Goal, Peer, Problem, Work, not_installed, only
 
 SEED = 0
 X_UNIT = 1 / 8
@@ -172,11 +172,9 @@ def scipy_csr(inputs: Inputs) -> Call:
 
 
 def no_scipy(work: Work) -> str:
-    try:
-        import scipy.sparse  # noqa: F401
-    except ImportError:
-        return "scipy isn't installed"
-    return "" if work.inputs.x.shape[0] <= 16 else "one thread only: not run above 16 tokens"
+    return not_installed("scipy") or (
+        "" if work.inputs.x.shape[0] <= 16 else "one thread only: not run above 16 tokens"
+    )
 
 
 is_16_bit = only(lambda i: i.weight.w.element_size() <= 2, "the weight has 32 bits")

@@ -11,7 +11,6 @@ to hold each key whose score is surely among the best, and none whose score sure
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from effk.vq import reference
 from torch import Tensor
 
 from .harness.check import difference, inequality, rounding
-from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work, only
+from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work, not_installed, only
 
 SEED = 0
 TYPE = torch.bfloat16  # of queries, keys and values
@@ -355,13 +354,8 @@ def of_faiss(parts: list[list[Any]]) -> Found:
 
 
 def no_faiss(work: Work) -> str:
-    if importlib.util.find_spec("faiss") is None:
-        return "faiss-cpu not installed"
-    return (
-        ""
-        if work.inputs.lut.shape[3] == 16 and len(work.inputs.lut) == 1
-        else "has 4-bit codes; measured with a batch of 1"
-    )
+    fits = work.inputs.lut.shape[3] == 16 and len(work.inputs.lut) == 1
+    return not_installed("faiss") or ("" if fits else "has 4-bit codes; measured with a batch of 1")
 
 
 def with_lut(k: int, table: str) -> Callable[[Coded], Call]:
@@ -777,6 +771,7 @@ def make_train(problem: Problem, device: torch.device) -> Work:
 
 FULL = {"H": 32, "HK": 8, "D": 128, "batch": 1, "S": 32768}
 LONG = {**FULL, "S": 131072}
+SHORT = {**FULL, "S": 4096}
 LARGE = {**LONG, "batch": 8}  # of a GPU
 SMALL = {"H": 8, "HK": 2, "D": 64, "batch": 1, "S": 2048}
 BOTH = ("cpu", "cuda")
@@ -860,14 +855,18 @@ PROBLEMS = [
             ("1x12", "float32"),
         )
     ),
+    scoring(SHORT, "16x4", "int8"),
     *(scoring(LONG, codes, "int8", devices=("cpu",)) for codes in ("16x4", "32x4")),
     *(scoring(LARGE, codes, table, devices=("cuda",)) for codes, table in (("16x4", "int8"), ("1x12", "float32"))),
     *(choosing(FULL, codes, table) for codes, table in (("16x4", "int8"), ("16x4", "float32"), ("1x12", "float32"))),
+    *(choosing(of, "16x4", "int8", 100, devices=("cpu",)) for of in (SHORT, FULL)),
     *(choosing(LONG, codes, "int8", 100, devices=("cpu",)) for codes in ("16x4", "32x4")),
     *(choosing(LARGE, codes, table, devices=("cuda",)) for codes, table in (("16x4", "int8"), ("1x12", "float32"))),
     *(attending(FULL, keys) for keys in ("all", "random")),
+    *(attending(of, "all", devices=("cpu",)) for of in (SHORT, LONG)),
     *(attending(LARGE, keys, devices=("cuda",)) for keys in ("all", "random")),
     *(stepping(FULL, codes, table) for codes, table in (("16x4", "int8"), ("1x12", "float32"))),
+    *(stepping(of, "16x4", "int8", devices=("cpu",)) for of in (SHORT, LONG)),
     stepping(LARGE, "16x4", "int8", devices=("cuda",)),
     *others(FULL, 4096, 4096),
     # For a look, not for a claim.

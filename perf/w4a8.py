@@ -9,7 +9,6 @@ whatever the back end; every entry of it is checked.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .harness.check import difference, inequality, rounding
 from .harness.machine import Limits
-from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, only
+from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, not_installed, only
 from .harness.timing import torch_threads
 
 SEED = 0
@@ -251,10 +250,7 @@ def linear_in(dtype: torch.dtype) -> Callable[[Inputs], Call]:
 
 
 def no_onnxruntime(work: Work) -> str:
-    absent = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"{' and '.join(absent)} not installed"
-    return takes_f32(work) or is_4_bit(work)
+    return not_installed("onnx", "onnxruntime") or takes_f32(work) or is_4_bit(work)
 
 
 is_bf16 = only(lambda i: i.x.dtype == torch.bfloat16, "x is float32 here; measured with bfloat16")

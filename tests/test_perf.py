@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import subprocess
 import time
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from effk.perf.harness import page, run, table
 from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
 from effk.perf.harness.problem import Derived, Family, Goal, Peer, Problem, Work, families
-from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, changes
+from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, compare, read_base
 from effk.perf.harness.timing import WARM_UPS, CpuClock, How, Stats, last_level_cache, torch_threads
 from hypothesis import given
 from hypothesis import strategies as st
@@ -263,7 +263,7 @@ def test_quality_is_shown_and_kept(record: Record, tmp_path: Path) -> None:
     entry = measure(vq.choosing(VQ, "16x4", "int8", 9))
     assert 0 < entry.quality["recall@9"] <= 1
     kept = dataclasses.replace(record, problems=[entry])
-    (made,) = table.tables(kept)
+    (made,) = table.tables(kept.problems)
     assert "recall@9" in made.header and all(len(row) == len(made.header) for row in made.rows)
     kept.write(tmp_path / "record.json")
     assert Record.read(tmp_path / "record.json") == kept
@@ -393,18 +393,35 @@ def test_roofline_is_the_slower_of_moving_and_computing() -> None:
     assert LIMITS.seconds(2000, 8e4, "float16") == pytest.approx(8e-6)
 
 
-def with_time(record: Record, q1: float, median: float, q3: float) -> Record:
-    entry = Entry("cpu-scalar", "effk", Stats(9, q1, q1, median, q3), 0.5, 1.0)
-    problem = ProblemEntry("p", "f", "op", {}, 1, 1.0, "float32", 1.0, "memory", "cpu-scalar", [entry], [], {}, {})
+def with_time(record: Record, q1: float, median: float, q3: float, peer: float = 1.0) -> Record:
+    entries = [
+        Entry("cpu-scalar", "effk", Stats(9, q1, q1, median, q3), 0.5, 1.0),
+        Entry("peer", "peer", Stats(9, *(peer,) * 4), 0.5, 1.0),
+    ]
+    problem = ProblemEntry("p", "f", "op", {}, 1, 1.0, "float32", 1.0, "memory", "cpu-scalar", entries, [], {}, {})
     return Record(record.machine, LIMITS, 0, {}, [problem])
 
 
-def test_changes_are_beyond_the_spread(record: Record) -> None:
+def test_changes_are_beyond_spread_and_noise(record: Record) -> None:
+    def factors(now: Record, noise: float = 0.05) -> list[float]:
+        return [c.factor for c in compare([base], now, noise).notable]
+
     base = with_time(record, 1.0, 1.1, 1.2)
-    assert [c.factor for c in changes(base, with_time(record, 2.0, 2.2, 2.4))] == [pytest.approx(2.0)]
-    assert [c.factor for c in changes(base, with_time(record, 0.5, 0.55, 0.6))] == [pytest.approx(0.5)]
-    assert list(changes(base, with_time(record, 1.15, 1.3, 1.5))) == []
-    assert list(changes(base, base)) == []
+    assert factors(with_time(record, 2.0, 2.2, 2.4)) == [pytest.approx(2.0)]
+    assert factors(with_time(record, 0.5, 0.55, 0.6)) == [pytest.approx(0.5)]
+    assert factors(with_time(record, 1.15, 1.3, 1.5)) == []
+    assert factors(with_time(record, 2.0, 2.2, 2.4), noise=1.1) == []
+    assert factors(base) == []
+
+
+def test_a_regression_is_effks_own_and_more_than_the_machines(record: Record) -> None:
+    base = with_time(record, 1.0, 1.0, 1.0)
+    slower, faster = with_time(record, 1.5, 1.5, 1.5), with_time(record, 0.5, 0.5, 0.5)
+    machine, peers = with_time(record, 1.5, 1.5, 1.5, peer=1.5), with_time(record, 1.0, 1.0, 1.0, peer=1.5)
+    count = [len(compare([base], now, 0.05).regressions) for now in (base, slower, faster, machine, peers)]
+    assert count == [0, 1, 0, 0, 0]
+    assert compare([base], machine, 0.05).drift == 1.5
+    assert compare([slower, base], slower, 0.05).regressions, "the newest record counts"
 
 
 def test_base_is_compared(
@@ -413,9 +430,52 @@ def test_base_is_compared(
     base = tmp_path / "base.json"
     assert run_main(monkeypatch, [unpack_problem()], "--json", str(base)) == 0
     assert run_main(monkeypatch, [unpack_problem()], "--base", str(base)) == 0
-    assert "no time changed beyond the spread" in capsys.readouterr().out
+    assert "no regression among" in capsys.readouterr().out
     assert run_main(monkeypatch, [unpack_problem()], "--base", str(base), seconds=0.5) == 0
     assert "0.50x" in capsys.readouterr().out
+    assert run_main(monkeypatch, [unpack_problem()], "--base", str(base), seconds=2.0) == perf.SLOWER
+    assert "2.00x" in capsys.readouterr().out
+    assert run_main(monkeypatch, [unpack_problem()], "--base", str(base), "--noise", "1.5", seconds=2.0) == 0
+
+
+def test_base_may_be_a_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The records of this device that it keeps."""
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    git("init")
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "perf" / "results" / "here" / "r.json"
+    assert run_main(monkeypatch, [unpack_problem()], "--json", str(kept)) == 0
+    git("add", "-A")
+    git("commit", "-m", "measured")
+    kept.write_text("{}")  # the file of now isn't that of the commit
+    assert run_main(monkeypatch, [unpack_problem()], "--base", "HEAD", seconds=2.0) == perf.SLOWER
+    assert "2.00x" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no record of another device"):
+        read_base("HEAD", "another device")
+    with pytest.raises(ValueError, match="no such file, and no commit"):
+        read_base("--upload-pack=x", "any")
+
+
+def test_an_earlier_record_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.json"
+    record.write(file)
+    monkeypatch.setattr(perf, "measure", lambda *args: pytest.fail("measured"))
+    assert run_main(monkeypatch, [], "--from", str(file), "--report", str(tmp_path / "report")) == 0
+    assert "lscd_unpack" in capsys.readouterr().out and (tmp_path / "report" / "index.html").exists()
+
+
+def test_the_command_leaves_files_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    run_main(monkeypatch, [unpack_problem([peer("a")])], "--peers", "a", "--json", str(file))
+    assert Record.read(file).command("family") == "python -m effk.perf family --device cpu --peers a"
 
 
 def test_json_says_everything(record: Record, tmp_path: Path) -> None:
@@ -456,15 +516,14 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert raised.value.code == 2
 
 
-def test_the_page_needs_no_network(record: Record, tmp_path: Path) -> None:
-    page.write(record, tmp_path, [])
-    text = (tmp_path / "index.html").read_text()
-    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "") and "<script" not in text
-    assert "not &lt;here&gt;" in text and "not <here>" not in text
-    pictures = list(tmp_path.glob("*.svg"))
-    assert pictures
-    for picture in pictures:
-        ElementTree.parse(picture)
+def test_without_what_a_report_needs_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page, "NEEDS", ("no_such_module",))
+    monkeypatch.setattr(perf, "measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as raised:
+        run_main(monkeypatch, [unpack_problem()], "--report", str(tmp_path))
+    assert raised.value.code == 2 and "no_such_module not installed (pip install" in capsys.readouterr().err
 
 
 def test_without_rich_the_table_is_plain(
@@ -475,7 +534,7 @@ def test_without_rich_the_table_is_plain(
     monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
     table.print_record(record, table.Printer())
     plain = capsys.readouterr().out
-    cells = [cell.text for made in table.tables(record) for row in made.rows for cell in row]
+    cells = [cell.text for made in table.tables(record.problems) for row in made.rows for cell in row]
     assert all(cell in plain and cell in rich for cell in cells)
 
 

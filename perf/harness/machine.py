@@ -121,20 +121,24 @@ def _best_cuda(call: Callable[[], Any], repeats: int = 20) -> float:
     return min(times)
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else effk.status()["cpu"]
+
+
 def facts(device: torch.device, caches: str) -> dict[str, Any]:
     """What a reader needs to know to judge, and to repeat, a measurement."""
     status = json.loads(json.dumps(effk.status()))
     # Names, not paths: results are published.
     status["libraries"] = {name: text.rsplit("/", 1)[-1] for name, text in status["libraries"].items()}
     versions = {}
-    for package in ("numpy", "scipy", "onnxruntime", "faiss-cpu", "pycolmap", "triton", "cupy-cuda13x"):
+    for package in ("numpy", "scipy", "onnxruntime", "faiss-cpu", "peft", "pycolmap", "vllm", "triton", "cupy-cuda13x"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else status["cpu"],
+        "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # before the run: what else keeps the processors busy

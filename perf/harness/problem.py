@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +130,12 @@ def at_bandwidth(times: Mapping[str, float], work: Work, limits: Limits) -> floa
     return limits.memory_seconds(work.bytes)
 
 
+def not_installed(*modules: str, get: str = "pip install 'effk[peers]'") -> str:
+    """What a peer's `missing` says where modules are absent, with the line that gets them, or ""."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed ({get})" if absent else ""
+
+
 BANDWIDTH = Derived("bandwidth", (), at_bandwidth, "everything moved once at the measured bandwidth")
 
 
@@ -146,14 +155,23 @@ class Goal:
 
 @dataclass(frozen=True)
 class Family:
+    """`check` tells a reader how results were checked."""
+
     name: str
     problems: Sequence[Problem]
     goals: Sequence[Goal]
+    check: str = ""
 
 
 def families() -> dict[str, Family]:
-    """Every module beside the harness is a family and has PROBLEMS and GOALS."""
+    """Every module beside the harness is a family: it has PROBLEMS and GOALS, and its docstring tells of its checks."""
     package = importlib.import_module("effk.perf")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg and not m.name.startswith("_")]
     modules = {name: importlib.import_module(f"effk.perf.{name}") for name in names}
-    return {name: Family(name, m.PROBLEMS, m.GOALS) for name, m in modules.items()}
+    return {name: Family(name, m.PROBLEMS, m.GOALS, _after_title(m)) for name, m in modules.items()}
+
+
+def _after_title(module: ModuleType) -> str:
+    """Its docstring's paragraphs after the first, a line each."""
+    paragraphs = (inspect.getdoc(module) or "").split("\n\n")[1:]
+    return "\n".join(" ".join(p.split()) for p in paragraphs)

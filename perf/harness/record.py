@@ -1,4 +1,4 @@
-"""What was measured, as JSON, and the comparison of two such files.
+"""What was measured, as JSON, and the comparison of two such records.
 
 The file is `Record` as written by dataclasses.asdict; the classes below are its schema. Times are seconds, rates are
 a second, and SCHEMA rises when an entry changes its meaning.
@@ -7,7 +7,9 @@ a second, and SCHEMA rises when an entry changes its meaning.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import statistics
+import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from .machine import Limits
 from .timing import Stats
 
 SCHEMA = 1
+RESULTS = "perf/results"  # where a repository keeps records, a folder a device
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,18 @@ class Record:
     problems: list[ProblemEntry] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)  # problem -> why its inputs couldn't be made
     finished: bool = False  # False: interrupted, the rest is missing
+    flags: str = ""  # of the command, without families and files
+    checks: dict[str, str] = field(default_factory=dict)  # family -> how its results were checked
     schema: int = SCHEMA
 
     def errors(self) -> list[str]:
         """What makes the run a failure, a line each."""
         wrong = [f"{p.name}, {name}: {what}" for p in self.problems for name, what in p.wrong.items()]
         return wrong + [f"{name}: {what}" for name, what in self.broken.items()]
+
+    def command(self, *families: str) -> str:
+        """That measures this, or some families of it."""
+        return " ".join(["python -m effk.perf", *families, *filter(None, [self.flags])])
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +98,12 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Record:
         """Raises ValueError where the file isn't one of these, or of another schema."""
+        return cls.parse(path.read_text(), str(path))
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> Record:
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise ValueError(f"{path}: schema {data['schema']}; this harness reads {SCHEMA}")
             problems = [_read_problem(p) for p in data.pop("problems")]
@@ -104,10 +117,38 @@ def _read_problem(data: dict[str, Any]) -> ProblemEntry:
     return ProblemEntry(**{**data, "entries": entries, "goals": [GoalEntry(**g) for g in data["goals"]]})
 
 
+def read_base(text: str, device: str) -> list[Record]:
+    """Records to compare with: a file, or those of this device in perf/results at a commit of the repository here.
+
+    Raises ValueError where it is neither.
+    """
+    if Path(text).is_file():
+        return [Record.read(Path(text))]
+    commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}").strip()
+    if not commit:
+        raise ValueError(f"{text}: no such file, and no commit of a git repository here")
+    files = [f for f in _git("ls-tree", "-r", "--name-only", commit, "--", RESULTS).splitlines() if f.endswith(".json")]
+    records = [Record.parse(_git("show", f"{commit}:{file}"), f"{text}:{file}") for file in files]
+    records = [r for r in records if r.machine["device"] == device]
+    if not records:
+        raise ValueError(f"{text}: no record of {device} in {RESULTS} there")
+    return sorted(records, key=lambda r: r.machine["date"])
+
+
+def _git(*arguments: str) -> str:
+    """What it prints; "" where it fails or isn't installed."""
+    try:
+        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", top, *arguments], capture_output=True, text=True).stdout if top else ""
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Change:
     problem: str
     name: str
+    own: bool  # effk's, not a peer's
     before: Stats
     after: Stats
 
@@ -116,22 +157,57 @@ class Change:
         """Time now over time then: above 1 is slower."""
         return self.after.median / self.before.median
 
-
-def changes(base: Record, now: Record) -> Iterator[Change]:
-    """Times that moved beyond the spread: the ranges between the quartiles don't touch."""
-    before = {(p.name, e.name): e for p in base.problems for e in p.entries if e.kind != "derived"}
-    for problem in now.problems:
-        for entry in problem.entries:
-            old = before.get((problem.name, entry.name))
-            if old and (entry.time.q1 > old.time.q3 or entry.time.q3 < old.time.q1):
-                yield Change(problem.name, entry.name, old.time, entry.time)
+    @property
+    def beyond_spread(self) -> bool:
+        """The ranges between the quartiles don't touch."""
+        return self.after.q1 > self.before.q3 or self.after.q3 < self.before.q1
 
 
-def differing_machines(base: Record, now: Record) -> list[str]:
-    """What makes the two records hard to compare."""
+@dataclass(frozen=True)
+class Comparison:
+    """Of a run with earlier ones.
+
+    Attributes:
+        changes: of all times that both have; the newest earlier one counts.
+        noise: relative change that is none.
+        machines: what makes the records hard to compare.
+    """
+
+    changes: list[Change]
+    noise: float
+    machines: list[str]
+
+    @property
+    def drift(self) -> float:
+        """By how much the machine is slower than then: the peers' median factor, or 1 without peers."""
+        factors = [c.factor for c in self.changes if not c.own]
+        return statistics.median(factors) if factors else 1.0
+
+    @property
+    def notable(self) -> list[Change]:
+        """Beyond spread and noise, the slowest first."""
+        found = [c for c in self.changes if c.beyond_spread and not 1 / (1 + self.noise) <= c.factor <= 1 + self.noise]
+        return sorted(found, key=lambda c: -c.factor)
+
+    @property
+    def regressions(self) -> list[Change]:
+        """Where effk is slower, and by more than the machine is."""
+        return [c for c in self.notable if c.own and c.factor > max(1.0, self.drift) * (1 + self.noise)]
+
+
+def compare(bases: Sequence[Record], now: Record, noise: float) -> Comparison:
+    before = {(p.name, e.name): e for base in bases for p in base.problems for e in p.entries}
+    changes = [
+        Change(p.name, e.name, e.kind == "effk", before[p.name, e.name].time, e.time)
+        for p in now.problems
+        for e in p.entries
+        if e.kind != "derived" and (p.name, e.name) in before
+    ]
     keys = ("device", "threads", "torch", "caches")
-    return [
-        f"{key}: {base.machine.get(key)} -> {now.machine.get(key)}"
+    differing = {
+        f"{key}: {base.machine.get(key)} -> {now.machine.get(key)}": None
+        for base in bases
         for key in keys
         if base.machine.get(key) != now.machine.get(key)
-    ]
+    }
+    return Comparison(changes, noise, list(differing))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .record import Change, Entry, ProblemEntry, Record
+from .record import Comparison, Entry, ProblemEntry, Record
 
 STYLES = {"good": "green", "bad": "red bold", "strong": "bold", "dim": "dim", "": ""}
 
@@ -20,6 +20,7 @@ class Cell:
     text: str
     tone: str = ""  # of STYLES
     hint: str = ""  # shown by the page
+    key: float | None = None  # that the page sorts by, where the text isn't a plain number
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,17 @@ def rate(value: float, unit: str) -> str:
     return f"{value / scale:.3g} {prefix}{unit}"
 
 
-def by_op(record: Record) -> dict[str, list[ProblemEntry]]:
-    groups: dict[str, list[ProblemEntry]] = {}
-    for problem in record.problems:
-        groups.setdefault(problem.op, []).append(problem)
+def grouped(problems: Iterable[ProblemEntry], key: Callable[[ProblemEntry], Any]) -> dict[Any, list[ProblemEntry]]:
+    """In the order of their first appearance."""
+    groups: dict[Any, list[ProblemEntry]] = {}
+    for problem in problems:
+        groups.setdefault(key(problem), []).append(problem)
     return groups
+
+
+def alike(problem: ProblemEntry) -> tuple[str, ...]:
+    """The op and the choice of its sizes that aren't numbers, such as a dtype: what shares a table."""
+    return (problem.op, *(value for value in problem.size.values() if isinstance(value, str)))
 
 
 def unique(names: Iterable[str]) -> list[str]:
@@ -57,24 +64,19 @@ def rivals(problems: Iterable[ProblemEntry]) -> list[str]:
     return unique(e.name for p in problems for e in p.entries if e.kind != "effk")
 
 
-def tables(record: Record) -> list[Table]:
-    """One for each op and choice of its sizes that aren't numbers, such as a dtype."""
-    groups: dict[tuple[str, ...], list[ProblemEntry]] = {}
-    for problem in record.problems:
-        words = [value for value in problem.size.values() if isinstance(value, str)]
-        groups.setdefault((problem.op, *words), []).append(problem)
-    return [_table(problems) for problems in groups.values()]
+def tables(problems: Iterable[ProblemEntry]) -> list[Table]:
+    return [table_of(group) for group in grouped(problems, alike).values()]
 
 
 def varying(problems: Sequence[ProblemEntry]) -> list[str]:
     """The sizes in which they differ."""
-    return [key for key in problems[0].size if len({p.size.get(key) for p in problems}) > 1]
+    return [key for key in unique(k for p in problems for k in p.size) if len({p.size.get(key) for p in problems}) > 1]
 
 
-def _table(problems: Sequence[ProblemEntry]) -> Table:
-    sizes, peers = varying(problems), rivals(problems)
+def table_of(problems: Sequence[ProblemEntry], peers: Sequence[str] | None = None, main_only: bool = False) -> Table:
+    """A row for each back end, or for the main one alone; beside which peers, all by default."""
+    sizes, peers = varying(problems), rivals(problems) if peers is None else peers
     quality = unique(name for p in problems for name in p.quality)
-    same = [f"{key} {value}" for key, value in problems[0].size.items() if key not in sizes]
     rows = [
         [
             *(Cell(str(p.size.get(key, ""))) for key in sizes),
@@ -84,10 +86,17 @@ def _table(problems: Sequence[ProblemEntry]) -> Table:
         ]
         for p in problems
         for e in p.entries
-        if e.kind == "effk"
+        if e.kind == "effk" and (e.name == p.main or not main_only)
     ]
     header = [*sizes, *quality, "back end", "time", "spread", "of the limit", *peers]
-    return Table("  ".join([problems[0].op, *same]), header, rows)
+    return Table(title(problems), header, rows)
+
+
+def title(problems: Sequence[ProblemEntry]) -> str:
+    """The op, and the sizes that all have."""
+    sizes = varying(problems)
+    same = [f"{key} {value}" for key, value in problems[0].size.items() if key not in sizes]
+    return "  ".join([problems[0].op, *same])
 
 
 def _own_cells(problem: ProblemEntry, entry: Entry) -> list[Cell]:
@@ -96,9 +105,9 @@ def _own_cells(problem: ProblemEntry, entry: Entry) -> list[Cell]:
     hint = f"quartiles {duration(t.q1)} to {duration(t.q3)}, least {duration(t.min)}, {t.n} samples"
     return [
         Cell(entry.name, tone),
-        Cell(duration(t.median), tone, hint),
-        Cell(f"±{t.spread / 2:.1%}", "bad" if t.spread / 2 > NOISY else "dim"),
-        Cell(f"{entry.share:.0%} {problem.limit}", tone, f"at least {duration(problem.roofline)}"),
+        Cell(duration(t.median), tone, hint, t.median),
+        Cell(f"±{t.spread / 2:.1%}", "bad" if t.spread / 2 > NOISY else "dim", key=t.spread),
+        Cell(f"{entry.share:.0%} {problem.limit}", tone, f"at least {duration(problem.roofline)}", entry.share),
     ]
 
 
@@ -107,30 +116,43 @@ def _ratio(problem: ProblemEntry, entry: Entry, peer: str) -> Cell:
     if other is None:
         reason = problem.missing.get(peer) or problem.wrong.get(peer, "")
         return Cell("-", "dim", reason)
-    text, hint = f"{other.time.median / entry.time.median:.2f}", f"{peer}: {duration(other.time.median)}"
+    ratio = other.time.median / entry.time.median
+    text, hint = f"{ratio:.2f}", f"{peer}: {duration(other.time.median)}"
     if entry.name != problem.main:
         return Cell(text, "dim", hint)
     goal = next((g for g in problem.goals if g.peer == peer), None)
     if goal is None:
         return Cell(text, "", hint)
     sign, tone = ("≥", "good") if goal.met else ("<", "bad")
-    return Cell(
-        f"{text} {sign} {goal.wanted:g}", tone, f"{hint}; wanted {goal.wanted:g}, {'' if goal.met else 'not '}met"
-    )
+    hint = f"{hint}; wanted {goal.wanted:g}, {'' if goal.met else 'not '}met"
+    return Cell(f"{text} {sign} {goal.wanted:g}", tone, hint, ratio)
 
 
-def changes_table(found: Sequence[Change]) -> Table:
+def changes_table(found: Comparison) -> Table:
+    regressions = found.regressions
     rows = [
         [
             Cell(c.problem),
-            Cell(c.name, "strong"),
-            Cell(duration(c.before.median)),
-            Cell(duration(c.after.median)),
-            Cell(f"{c.factor:.2f}x", "bad" if c.factor > 1 else "good"),
+            Cell(c.name, "strong" if c.own else "dim"),
+            Cell(duration(c.before.median), key=c.before.median),
+            Cell(duration(c.after.median), key=c.after.median),
+            Cell(f"{c.factor:.2f}x", "bad" if c in regressions else "good" if c.factor < 1 else "", key=c.factor),
         ]
-        for c in sorted(found, key=lambda c: -c.factor)
+        for c in found.notable
     ]
-    return Table("Changes beyond the spread", ["problem", "candidate", "before", "now", "time"], rows)
+    return Table("Changes", ["problem", "candidate", "before", "now", "time"], rows)
+
+
+def changes_line(found: Comparison) -> str:
+    """What the table of changes amounts to."""
+    if not found.changes:
+        return "nothing of the base was measured again"
+    count = len(found.regressions)
+    text = f"{count} regression{'s' * (count != 1)}" if count else "no regression"
+    band = f"changes beyond the quartiles and {found.noise:.0%}"
+    return (
+        f"{text} among {len(found.changes)} times ({band}; peers' times are {found.drift:.2f} times those of the base)"
+    )
 
 
 def goals_line(record: Record) -> str:
@@ -155,6 +177,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
     busy = f"; BUSY: load {machine['load']:.1f} before the run, on {machine['processors']} processors"
     quiet = machine["load"] < machine["processors"] / 2
     return [
+        ("command", record.command(*unique(p.family for p in record.problems))),
         ("device", f"{machine['device']}, {machine['threads']} threads{'' if quiet else busy}"),
         ("software", f"effk {machine['effk']['version']}, torch {machine['torch']}, Python {machine['python']}"),
         ("limits", limits_line(record)),
@@ -217,7 +240,7 @@ class Printer:
 
 
 def print_record(record: Record, printer: Printer) -> None:
-    for table in tables(record):
+    for table in tables(record.problems):
         printer.table(table)
     if skipped := list(not_timed(record)):
         printer.line("Not timed", "strong")
@@ -228,3 +251,11 @@ def print_record(record: Record, printer: Printer) -> None:
     printer.line()
     for name, text in facts(record):
         printer.line(f"{name:9}{text}")
+
+
+def print_comparison(found: Comparison, printer: Printer) -> None:
+    for line in found.machines:
+        printer.line(f"the base is of another machine or set-up: {line}", "bad")
+    if found.notable:
+        printer.table(changes_table(found))
+    printer.line(f"base     {changes_line(found)}", "bad" if found.regressions else "")

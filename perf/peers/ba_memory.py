@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("solver", choices=["effk", *ba.CERES])
     args = parser.parse_args()
     cpu = torch.device("cpu")
-    scene = ba.scene(args.scene, ba.LARGE["C"], ba.LARGE["P"], ba.LARGE["O"], cpu)[0]
+    scene = ba.scene(args.scene, *(ba.RING[key] for key in ("C", "P", "O")), cpu)[0]
     start = ba.Start(scene, {"max_iterations": 200})
     small = ba.Start(ba.scene("ring", ba.SMALL["C"], ba.SMALL["P"], ba.SMALL["O"], cpu)[0], start.options)
 

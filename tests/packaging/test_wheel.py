@@ -84,7 +84,7 @@ def test_contents(wheel: Path) -> None:
     wanted = {"effk/py.typed", "effk/lib/libeffk_cpu.so"}
     for source, target in (("python_api", "effk"), ("kernels", "effk/kernels"), ("perf", "effk/perf")):
         for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".py", ".h", ".cuh", ".cpp") and "__pycache__" not in path.parts:
+            if path.suffix in (".py", ".h", ".cuh", ".cpp", ".html") and "__pycache__" not in path.parts:
                 wanted.add(f"{target}/{path.relative_to(ROOT / source)}")
     assert wanted <= names, f"missing: {sorted(wanted - names)}"
     extra = {n for n in names - wanted if ".dist-info/" not in n}
