@@ -48,8 +48,11 @@ def figures(selection: str, root: Path, folder: Path) -> str:
     where = (
         f"{machine['device']}, {machine['threads']} threads" if machine["device_type"] == "cpu" else machine["device"]
     )
-    said = f"{table.title(problems)}. {where}, torch {machine['torch']}, {machine['date'][:10]}"
-    return f"{rows}\n\n{said}: `{record.command(problems[0].family)}`, [record]({link}).\n"
+    # An op made of others has no back end of its own.
+    where += "".join(f", {name}" for name in table.unique(p.main for p in problems) if name != "reference")
+    title = table.title(problems).replace(op, f"**{op}**", 1).replace("  ", ", ")
+    said = f"{title}. {where}, torch {machine['torch']}, {machine['date'][:10]}"
+    return f"{said}: `{record.command(problems[0].family)}`, [record]({link}).\n\n{rows}\n"
 
 
 def generated(text: str, root: Path, folder: Path) -> str:

@@ -74,21 +74,21 @@ def varying(problems: Sequence[ProblemEntry]) -> list[str]:
 
 
 def table_of(problems: Sequence[ProblemEntry], peers: Sequence[str] | None = None, main_only: bool = False) -> Table:
-    """A row for each back end, or for the main one alone; beside which peers, all by default."""
+    """A row for each back end, or for the main one alone, unnamed; beside these peers, all by default."""
     sizes, peers = varying(problems), rivals(problems) if peers is None else peers
     quality = unique(name for p in problems for name in p.quality)
     rows = [
         [
             *(Cell(str(p.size.get(key, ""))) for key in sizes),
             *(Cell(f"{p.quality[name]:.3g}" if name in p.quality else "") for name in quality),
-            *_own_cells(p, e),
+            *_own_cells(p, e)[main_only:],
             *(_ratio(p, e, name) for name in peers),
         ]
         for p in problems
         for e in p.entries
         if e.kind == "effk" and (e.name == p.main or not main_only)
     ]
-    header = [*sizes, *quality, "back end", "time", "spread", "of the limit", *peers]
+    header = [*sizes, *quality, *([] if main_only else ["back end"]), "time", "spread", "of the limit", *peers]
     return Table(title(problems), header, rows)
 
 
