@@ -221,13 +221,18 @@ def _roofline(record: Record) -> Iterator[Picture]:
         for e in p.entries
         if e.kind == "peer" or e.name == p.main
     ]
-    roofs = {name: limits.rate(name) for name in sorted({p.dtype for p in problems})}
+    highest = max(limits.matmul.values())
     low = min(row["intensity"] for row in rows) / 2
-    high = 2 * max([*(row["intensity"] for row in rows), *(rate / limits.bandwidth for rate in roofs.values())])
-    roof = [
-        {"roof": f"{name} {table.rate(rate, 'flop/s')}", "intensity": at, "rate": min(rate, at * limits.bandwidth)}
-        for name, rate in roofs.items()
-        for at in (low, rate / limits.bandwidth, high)
+    high = 2 * max([*(row["intensity"] for row in rows), highest / limits.bandwidth])
+    flat = [
+        {"roof": f"{name} {table.rate(rate, 'op/s')}", "intensity": at, "rate": rate}
+        for name, rate in limits.matmul.items()
+        for at in (rate / limits.bandwidth, high)
+    ]
+    slanted = [
+        {"roof": f"{name} {table.rate(bandwidth, 'B/s')}", "intensity": rate / bandwidth, "rate": rate}
+        for name, bandwidth in (("read", limits.read), ("copy", limits.copy))
+        for rate in (low * bandwidth, highest)
     ]
     x = alt.X(
         "intensity:Q",
@@ -249,11 +254,16 @@ def _roofline(record: Record) -> Iterator[Picture]:
     shape = alt.Shape("name:N", scale=kinds, legend=alt.Legend(orient="top", title=None))
     filled = alt.condition("datum.name == 'effk'", alt.value(0.9), alt.value(0.45))
     points = alt.Chart(_data(rows)).mark_point(filled=True, size=55)
-    ceiling = alt.Chart(_data(roof)).mark_line(color=FAINT, strokeWidth=2).encode(x=x, y=y, detail="roof:N")
-    labels = alt.Chart(_data([r for r in roof if r["intensity"] == high])).mark_text(align="right", dy=-7, color=FAINT)
+    ceiling = alt.Chart(_data(flat + slanted)).mark_line(color=FAINT, strokeWidth=2)
+    labels = alt.Chart(_data(flat[1::2])).mark_text(align="right", dy=-7, color=FAINT)
+    feet = [  # above the higher line, below the lower
+        alt.Chart(_data([foot])).mark_text(align="left", dx=25, dy=dy, color=FAINT)
+        for foot, dy in zip(sorted(slanted[::2], key=lambda foot: -float(foot["rate"])), (-22, 8), strict=True)
+    ]
     chart = alt.layer(
-        ceiling,
+        ceiling.encode(x=x, y=y, detail="roof:N"),
         labels.encode(x=x, y=y, text="roof:N"),
+        *(foot.encode(x=x, y=y, text="roof:N") for foot in feet),
         points.encode(
             x=x, y=y, color=colour, shape=shape, opacity=filled, tooltip=_tooltip("problem", "candidate", "reaches")
         ),
@@ -261,7 +271,7 @@ def _roofline(record: Record) -> Iterator[Picture]:
     yield Picture(
         "roofline",
         "Roofline",
-        f"Under the measured limits: memory {table.rate(limits.bandwidth, 'B/s')}, and each type's rate of "
+        "Under the limits measured in the same run: memory read and copied, and each type's rate of "
         "multiplying. Points above one another are one problem; peers move more bytes than it needs.",
         "",
         _wide(chart, 440),
