@@ -2,6 +2,7 @@
 
 EFFK_CUDA=0|1 forces the CUDA library off or on; by default it is built where nvcc is found.
 EFFK_CUDA_ARCHITECTURES is handed to CMake (as CMAKE_CUDA_ARCHITECTURES); MAX_JOBS limits parallel compilation.
+EFFK_GLIBC=2.28 makes a wheel for Linux systems with that glibc or later, whatever this one has; it needs ziglang.
 """
 
 import os
@@ -50,8 +51,9 @@ class CMakeBuild(build_ext):
         }
         if wants_cuda():
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()
-        if archs := os.environ.get("EFFK_CUDA_ARCHITECTURES"):
-            options["EFFK_CUDA_ARCHITECTURES"] = archs
+        for name in ("EFFK_CUDA_ARCHITECTURES", "EFFK_GLIBC"):
+            if value := os.environ.get(name):
+                options[name] = value
         defines = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
         jobs = os.environ.get("MAX_JOBS")
@@ -68,7 +70,10 @@ class PlatformWheel(bdist_wheel):
     """The libraries use no Python API, so one wheel serves every Python 3."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        platform = super().get_tag()[2]
+        if glibc := os.environ.get("EFFK_GLIBC"):
+            platform = platform.replace("linux", f"manylinux_{glibc.replace('.', '_')}", 1)
+        return "py3", "none", platform
 
 
 setup(

@@ -11,13 +11,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from effk._registry import find
 
-from .harness import page, table
+from .harness import page, scenarios, table
 from .harness.machine import device_name, facts, measure_limits
 from .harness.problem import Family, Problem, families
 from .harness.record import Record, compare, read_base
@@ -26,6 +27,9 @@ from .harness.timing import clock_for
 
 SEED = 0
 SECONDS, QUICK_SECONDS = 4.0, 1.0  # of timed calls a problem
+TRIAL, QUICK_TRIAL = 3.0, 0.25  # seconds of a scenario, and of each trial of the server's
+
+Peers = list[str] | None  # names of those wanted; None: all
 WRONG, BAD_ARGUMENTS, SLOWER, INTERRUPTED = 1, 2, 3, 130  # exit statuses
 
 
@@ -36,6 +40,11 @@ def arguments(known: dict[str, Family]) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU where effk can use one")
     parser.add_argument("--threads", type=int, help="of the CPU; by default torch's number")
     parser.add_argument("--peers", default="all", help="names, comma-separated, or all (default) or none")
+    parser.add_argument(
+        "--scenario",
+        metavar="NAMES",
+        help=f"in place of single problems, ops as a server runs them: {', '.join(scenarios.SCENARIOS)}, or all",
+    )
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="F", help="shows an earlier --json; measures nothing"
     )
@@ -54,7 +63,7 @@ def arguments(known: dict[str, Family]) -> argparse.ArgumentParser:
 def flags(args: argparse.Namespace) -> str:
     """Those that tell what is measured, not where it is written."""
     said = {"--quick": args.quick, "--device": args.device, "--threads": args.threads}
-    said["--peers"] = args.peers if args.peers != "all" else None
+    said |= {"--peers": args.peers if args.peers != "all" else None, "--scenario": args.scenario}
     words = [[name] if value is True else [name, str(value)] for name, value in said.items() if value]
     return shlex.join([word for pair in words for word in pair])
 
@@ -97,36 +106,52 @@ def default_device(problems: Sequence[Problem]) -> str:
     return "cpu"
 
 
-def measure(
-    problems: Sequence[tuple[Family, Problem]],
-    device: torch.device,
-    peers: Sequence[str] | None,
-    seconds: float,
-    show: bool,
-    flags: str,
-) -> Record:
+def measure(args: argparse.Namespace, families: Sequence[Family], device: torch.device, peers: Peers) -> Record:
     """Interrupted, it returns what was measured so far, with `finished` False."""
-    notes: dict[str, str] = {}
-    for _, problem in problems:
-        notes |= {p.name: p.note for p in problem.peers[device.type]}
-        notes |= {d.name: d.note for d in problem.derived[device.type]}
+    if args.threads:
+        torch.set_num_threads(args.threads)
     clock = clock_for(device)
     limits = measure_limits(device)
-    runner = Runner(device, clock, limits, peers, seconds, SEED)
-    checks = {family.name: family.check for family, _ in problems}
-    record = Record(facts(device, clock.caches), limits, SEED, notes, flags=flags, checks=checks)
+    checks = {family.name: family.check for family in families}
+    record = Record(facts(device, clock.caches), limits, SEED, flags=flags(args), checks=checks)
+    for problem in (p for f in families for p in f.problems):
+        record.notes |= {p.name: p.note for p in problem.peers[device.type]}
+        record.notes |= {d.name: d.note for d in problem.derived[device.type]}
     try:
-        with progress(len(problems), show) as advance:
-            for family, problem in problems:
+        if args.scenario:
+            _serve(record, args, families, device, peers)
+        else:
+            runner = Runner(device, clock, limits, peers, QUICK_SECONDS if args.quick else SECONDS, SEED)
+            _time(record, families, runner, not args.no_progress)
+        record.finished = True
+    except KeyboardInterrupt:
+        print("effk.perf: interrupted; what was measured is kept", file=sys.stderr)
+    return record
+
+
+def _time(record: Record, families: Sequence[Family], runner: Runner, show: bool) -> None:
+    with progress(sum(len(f.problems) for f in families), show) as advance:
+        for family in families:
+            for problem in family.problems:
                 advance(problem.name)
                 try:
                     record.problems.append(runner.measure(problem, family))
                 except Exception as error:  # of making its inputs; the others are still worth measuring
                     record.broken[problem.name] = short(error)
-        record.finished = True
-    except KeyboardInterrupt:
-        print("effk.perf: interrupted; what was measured is kept", file=sys.stderr)
-    return record
+
+
+def _serve(
+    record: Record, args: argparse.Namespace, families: Sequence[Family], device: torch.device, peers: Peers
+) -> None:
+    names, seconds = scenarios_wanted(args), QUICK_TRIAL if args.quick else TRIAL
+    services = scenarios.services(families, device, args.quick)
+    with progress(scenarios.steps(services, device, names, peers), not args.no_progress) as advance:
+        for entry in scenarios.run(services, device, names, seconds, SEED, peers, advance):
+            record.scenarios.append(entry)
+
+
+def scenarios_wanted(args: argparse.Namespace) -> list[str]:
+    return list(scenarios.SCENARIOS) if args.scenario == "all" else args.scenario.split(",")
 
 
 def plan(
@@ -139,16 +164,18 @@ def plan(
         except (OSError, ValueError) as error:
             parser.error(f"--from: {error}")
         return read.machine["device"], lambda: read
-    problems = [(f, p) for f in (known[n] for n in args.family or known) for p in f.problems if p.quick == args.quick]
-    device = torch.device(args.device or default_device([p for _, p in problems]))
+    if args.scenario and (unknown := set(scenarios_wanted(args)) - set(scenarios.SCENARIOS)):
+        parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(scenarios.SCENARIOS)}")
+    families = [known[name] for name in args.family or known]
+    device = torch.device(args.device or default_device([p for f in families for p in f.problems]))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    problems = [(f, p) for f, p in problems if device.type in p.devices]
-    peers = peers_wanted(args.peers, [p for _, p in problems], device, parser)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    seconds = QUICK_SECONDS if args.quick else SECONDS
-    return device_name(device), lambda: measure(problems, device, peers, seconds, not args.no_progress, flags(args))
+    families = [
+        replace(f, problems=[p for p in f.problems if p.quick == args.quick and device.type in p.devices])
+        for f in families
+    ]
+    peers = peers_wanted(args.peers, [p for f in families for p in f.problems], device, parser)
+    return device_name(device), lambda: measure(args, families, device, peers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = make()
     found = compare(bases, record, args.noise) if bases else None
     printer = table.Printer()
+    for made in scenarios.tables(record.scenarios):
+        printer.table(made)
     table.print_record(record, printer)
     if found:
         table.print_comparison(found, printer)
@@ -185,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def peers_wanted(
     text: str, problems: Sequence[Problem], device: torch.device, parser: argparse.ArgumentParser
-) -> list[str] | None:
-    """The names that --peers asks for; None for all."""
+) -> Peers:
+    """The names that --peers asks for."""
     if text == "all":
         return None
     names = [] if text == "none" else text.split(",")

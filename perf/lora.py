@@ -6,6 +6,7 @@ So effk's result must be the float64 one rounded once to its type, whatever the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .harness.check import difference, rounding
 from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, not_installed, only
+from .harness.scenarios import Service
 
 SEED = 0
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -284,8 +286,16 @@ class Tokens:
     ranks: Tensor | None
 
 
+@functools.lru_cache(maxsize=1)  # problems of the same adapters follow each other
+def adapters_of(
+    adapters: int, rank: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    random = generator(device)
+    return signs(random, dtype, adapters, rank, cols), signs(random, dtype, adapters, rows, rank)
+
+
 def make_apply(problem: Problem, device: torch.device) -> Work:
-    size, random = problem.size, generator(device)
+    size, random = problem.size, generator(device, SEED + 1)
     dtype, tokens, k, adapters, rank = DTYPES[size["dtype"]], *(size[n] for n in ("tokens", "k", "adapters", "rank"))
     rows, cols = size["rows"], size["cols"]
 
@@ -293,7 +303,7 @@ def make_apply(problem: Problem, device: torch.device) -> Work:
         return torch.randint(-4, 5, shape, generator=random, device=device).to(dtype)
 
     x, y = integers(tokens, cols), integers(tokens, rows)
-    a, b = signs(random, dtype, adapters, rank, cols), signs(random, dtype, adapters, rows, rank)
+    a, b = adapters_of(adapters, rank, rows, cols, dtype, device)
     ids = torch.rand(tokens, adapters, generator=random, device=device).argsort(1)[:, :k].contiguous()
     gates = 2.0 ** -torch.randint(0, 4, (tokens, k), generator=random, device=device)
     ranks = None
@@ -446,6 +456,26 @@ PROBLEMS = [
     merging("bf16", 512, base=False, quick=True),
     *others(512, quick=True),
     *(applying(tokens, side=1024, adapters=8, quick=True) for tokens in (1, 64)),
+]
+
+SERVED_BY = ("bmm", "dense")
+SERVICES = [
+    Service(
+        "lora_apply 4096x4096, 2 of 32 adapters",
+        lambda n: applying(n, caches="warm"),
+        "token",
+        {"cpu": 5e-3, "cuda": 1e-3},
+        SERVED_BY,
+    ),
+    Service(
+        "lora_apply 1024x1024, 2 of 8 adapters",
+        lambda n: applying(n, side=1024, adapters=8, caches="warm", quick=True),
+        "token",
+        {"cpu": 5e-3, "cuda": 1e-3},
+        SERVED_BY,
+        largest=8,
+        quick=True,
+    ),
 ]
 
 FULL_SWITCH = {"layers": 4, "rows": 2048, "rank": 16, "base": True}

@@ -23,6 +23,7 @@ from torch import Tensor
 from .harness.check import difference, inequality, rounding
 from .harness.machine import Limits
 from .harness.problem import Call, Derived, Goal, Peer, Problem, Work, not_installed, only
+from .harness.scenarios import Service
 
 SEED = 0
 X_UNIT = 1 / 8
@@ -340,6 +341,26 @@ PROBLEMS = [
     linear("bf16", 0.7, 16, SMALL, quick=True),
     *(linear(dtype, 0.7, 1, SMALL, quick=True) for dtype in ("fp16", "f32", "int8")),
     *packing(*SMALL, quick=True),
+]
+
+SERVED_BY = ("torch-bf16", "onednn-prepacked", "cublas-bf16")
+SERVICES = [
+    Service(
+        "lscd_linear 4096x8192, 70% zeros",
+        lambda n: linear("bf16", 0.7, n),
+        "token",
+        {"cpu": 20e-3, "cuda": 1e-3},
+        SERVED_BY,
+    ),
+    Service(
+        "lscd_linear 1024x4096, 70% zeros",
+        lambda n: linear("bf16", 0.7, n, SMALL, quick=True),
+        "token",
+        {"cpu": 5e-3, "cuda": 1e-3},
+        SERVED_BY,
+        largest=8,
+        quick=True,
+    ),
 ]
 
 

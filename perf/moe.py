@@ -25,6 +25,7 @@ from torch import Tensor
 from .harness.check import difference, rounding
 from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work, not_installed
 from .harness.ranks import ranks, world
+from .harness.scenarios import Service
 
 SEED = 0
 FULL = {"experts": 64, "K": 2048, "I": 768, "k": 8}
@@ -264,19 +265,23 @@ class Layer:
     ids: Tensor
 
 
-def layer_of(size: Mapping[str, Any], device: torch.device) -> Layer:
+def normal(random: torch.Generator, dtype: torch.dtype, scale: float, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=random.device).normal_(generator=random).mul_(scale)
+
+
+@functools.lru_cache(maxsize=1)  # problems of the same experts follow each other
+def experts_of(experts: int, cols: int, inner: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     random = generator(device)
-    dtype, tokens, experts = DTYPES[size["dtype"]], size["tokens"], size["experts"]
-    cols, inner = size["K"], size["I"]
+    w13 = normal(random, dtype, cols**-0.5, experts, 2 * inner, cols)
+    return w13, normal(random, dtype, inner**-0.5, experts, cols, inner)
 
-    def normal(scale: float, *shape: int) -> Tensor:
-        out = torch.empty(shape, dtype=dtype, device=device)
-        return out.normal_(generator=random).mul_(scale)
 
+def layer_of(size: Mapping[str, Any], device: torch.device) -> Layer:
+    random = generator(device, SEED + 1)
+    dtype, tokens, experts, cols = DTYPES[size["dtype"]], size["tokens"], size["experts"], size["K"]
     return Layer(
-        normal(1.0, tokens, cols),
-        normal(cols**-0.5, experts, 2 * inner, cols),
-        normal(inner**-0.5, experts, cols, inner),
+        normal(random, dtype, 1.0, tokens, cols),
+        *experts_of(experts, cols, size["I"], dtype, device),
         torch.rand(tokens, size["k"], generator=random, device=device),
         torch.rand(tokens, experts, generator=random, device=device).topk(size["k"]).indices,
     )
@@ -419,7 +424,7 @@ def share_of(size: Mapping[str, Any], rank: int) -> Layer:
     """A rank's tokens, as many and alike on all, and its experts; they have the numbers of the whole layer's."""
     whole = layer_of(size, torch.device("cpu"))
     own = slice(rank * size["experts"] // RANKS, (rank + 1) * size["experts"] // RANKS)
-    return Layer(whole.x, whole.w13[own].clone(), whole.w2[own].clone(), whole.weights, whole.ids)
+    return Layer(whole.x, whole.w13[own], whole.w2[own], whole.weights, whole.ids)
 
 
 @functools.lru_cache(maxsize=1)
@@ -602,6 +607,20 @@ PROBLEMS = [
     *(gemm(64, skew, quick=True, experts=8, K=512, N=512) for skew in ("uniform", "halves")),
     *others(64, 8, 2, 512, quick=True),
     *(over_ranks(64, op, True, experts=8, K=512, I=256, k=2) for op in ("moe_mlp_ep", "moe_mlp_ep_backward")),
+]
+
+SERVED_BY = ("grouped_mm", "vllm")
+SERVICES = [
+    Service("moe_mlp, 8 of 64 experts", layer, "token", {"cpu": 50e-3, "cuda": 1e-3}, SERVED_BY),
+    Service(
+        "moe_mlp, 2 of 8 small experts",
+        lambda n: layer(n, quick=True, experts=8, K=512, I=256, k=2),
+        "token",
+        {"cpu": 5e-3, "cuda": 1e-3},
+        SERVED_BY,
+        largest=8,
+        quick=True,
+    ),
 ]
 
 BF16 = {**FULL, "dtype": "bf16"}

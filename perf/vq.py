@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .harness.check import difference, inequality, rounding
 from .harness.problem import BANDWIDTH, Call, Goal, Peer, Problem, Work, not_installed, only
+from .harness.scenarios import Service
 
 SEED = 0
 TYPE = torch.bfloat16  # of queries, keys and values
@@ -875,6 +876,27 @@ PROBLEMS = [
     *(attending(SMALL, keys, quick=True) for keys in ("all", "random")),
     stepping(SMALL, "16x4", "int8", quick=True),
     *others(SMALL, 512, 1024, quick=True),
+]
+
+SERVED_BY = ("sdpa-folded", "torch-step")
+SERVICES = [
+    Service(
+        "decode step, 3% of 32768 keys",
+        lambda n: stepping({**FULL, "batch": n}, "16x4", "int8"),
+        "step",
+        {"cpu": 50e-3, "cuda": 5e-3},
+        SERVED_BY,
+        largest=8,  # each sequence has keys and values of its own, 128 MiB
+    ),
+    Service(
+        "decode step, 3% of 2048 keys",
+        lambda n: stepping({**SMALL, "batch": n}, "16x4", "int8", quick=True),
+        "step",
+        {"cpu": 5e-3, "cuda": 1e-3},
+        SERVED_BY,
+        largest=8,
+        quick=True,
+    ),
 ]
 
 GOALS = [

@@ -22,6 +22,7 @@ from torch import Tensor
 from .harness.check import difference, inequality, rounding
 from .harness.machine import Limits
 from .harness.problem import BANDWIDTH, Call, Derived, Goal, Peer, Problem, Work, not_installed, only
+from .harness.scenarios import Service
 from .harness.timing import torch_threads
 
 SEED = 0
@@ -199,12 +200,18 @@ def onnxruntime(inputs: Inputs) -> Call:
     import numpy
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    model = inputs.weight.layout("onnx", lambda: onnxruntime_model(inputs.weight))
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    of, threads = inputs.weight, torch.get_num_threads()
+
+    def make() -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        model = of.layout("onnx", lambda: onnxruntime_model(of))
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    # One for any number of tokens: each has a pool of threads.
+    session = of.layout(("onnxruntime", threads), make)
     bound = x, y = inputs.x, torch.empty(len(inputs.x), len(inputs.weight.q))
     binding = session.io_binding()
     binding.bind_input("x", "cpu", 0, numpy.float32, x.shape, x.data_ptr())
@@ -505,6 +512,31 @@ PROBLEMS = [
     linear(16, "f32", shape=SMALL, quick=True),
     *(linear(16, share8=share8, shape=SMALL, quick=True) for share8 in (0.0, 0.1)),
     *others(SMALL, 256, quick=True),
+]
+
+SERVED_BY = ("onnxruntime", "onednn-u8s8", "torch-f32", "cublas-bf16")
+SERVICES = [
+    # On a CPU with float32, which ONNX Runtime takes.
+    *(
+        Service(
+            "w4a8_linear 4096x4096, 4 bits",
+            functools.partial(linear, x=x, caches="warm"),
+            "token",
+            {device: bound},
+            SERVED_BY,
+            devices=(device,),
+        )
+        for device, x, bound in (("cpu", "f32", 5e-3), ("cuda", "bf16", 1e-3))
+    ),
+    Service(
+        "w4a8_linear 1024x1024, 4 bits",
+        lambda n: linear(n, "f32", shape=SMALL, caches="warm", quick=True),
+        "token",
+        {"cpu": 5e-3, "cuda": 1e-3},
+        SERVED_BY,
+        largest=8,
+        quick=True,
+    ),
 ]
 
 

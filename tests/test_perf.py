@@ -14,11 +14,11 @@ import torch
 from effk import _library, _registry, backends
 from effk.perf import __main__ as perf
 from effk.perf import lora, lscd, vq, w4a8
-from effk.perf.harness import page, run, table
+from effk.perf.harness import page, run, scenarios, table
 from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
 from effk.perf.harness.problem import Derived, Family, Goal, Peer, Problem, Work, families
-from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, compare, read_base
+from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, ScenarioEntry, compare, read_base
 from effk.perf.harness.timing import WARM_UPS, CpuClock, How, Stats, last_level_cache, torch_threads
 from hypothesis import given
 from hypothesis import strategies as st
@@ -472,6 +472,19 @@ def test_an_earlier_record_is_shown(
     assert "lscd_unpack" in capsys.readouterr().out and (tmp_path / "report" / "index.html").exists()
 
 
+def test_scenarios_take_the_place_of_problems(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = ScenarioEntry("lscd", "a service", {}, "token", "offline", "cpu-avx2", "effk", {"rate": 5.0})
+    monkeypatch.setattr(scenarios, "run", lambda *args: iter([served]))
+    file = tmp_path / "r.json"
+    assert run_main(monkeypatch, [unpack_problem()], "--scenario", "offline", "--json", str(file)) == 0
+    record = Record.read(file)
+    assert record.scenarios == [served] and not record.problems
+    assert record.command() == "python -m effk.perf --device cpu --scenario offline"
+    assert "5 tokens/s" in capsys.readouterr().out
+
+
 def test_the_command_leaves_files_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     run_main(monkeypatch, [unpack_problem([peer("a")])], "--peers", "a", "--json", str(file))
@@ -510,7 +523,12 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch
 
 
 def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for args in (["none_such"], ["--peers", "none_such"], ["--base", str(tmp_path / "none")]):
+    for args in (
+        ["none_such"],
+        ["--peers", "none_such"],
+        ["--base", str(tmp_path / "none")],
+        ["--scenario", "none_such"],
+    ):
         with pytest.raises(SystemExit) as raised:
             run_main(monkeypatch, [unpack_problem([peer("a")])], *args)
         assert raised.value.code == 2

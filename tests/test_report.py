@@ -14,7 +14,7 @@ import torch
 from effk.perf.harness import page, pictures
 from effk.perf.harness.machine import Limits, facts
 from effk.perf.harness.problem import families
-from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, compare
+from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, ScenarioEntry, compare
 from effk.perf.harness.timing import Stats
 
 selenium = pytest.importorskip("selenium.webdriver")
@@ -66,9 +66,19 @@ def made_up(slower: float = 1.0) -> Record:
     for p in problems:  # names are those of the base
         p.size["share"] /= slower
     limits = Limits(read=1e9, copy=2e9, matmul={"float32": 1e10, "bfloat16": 4e10, "int8": 1e11})
+    served = [
+        ScenarioEntry("lscd", "a service", {}, "token", scenario, name, kind, numbers)
+        for name, kind, factor in (("cpu-avx2", "effk", 1.0), ("the <peer>", "peer", 4.0))
+        for scenario, numbers in (
+            ("single-stream", {"p50": 1e-3 * factor, "p90": 2e-3 * factor, "p99": 3e-3 * factor, "queries": 1000}),
+            ("offline", {"batch": 64, "rate": 1e4 / factor, "queries": 1000}),
+            ("server", {"bound": 5e-3, "rate": 1e3 / factor, "p50": 1e-3, "p99": 4e-3, "batch": 3.5, "queries": 1000}),
+        )
+    ]
     checks = {f: f"How {f} is checked.\nAnd more of it." for f in FAMILIES}
     notes = {"the <peer>": "what it is & how"}
-    return Record(facts(torch.device("cpu"), "cold"), limits, 0, notes, problems, finished=True, checks=checks)
+    machine = facts(torch.device("cpu"), "cold")
+    return Record(machine, limits, 0, notes, problems, served, finished=True, checks=checks)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +156,8 @@ def test_every_family_is_shown(browser: Any, report: Path) -> None:
     for figure in found(browser, "figure"):
         assert "Command: python -m effk.perf" in figure.text and "Checked: " in figure.text
     assert "not <here>" in browser.find_element("id", "peers").text
+    served = browser.find_element("id", links["scenarios"]).text
+    assert "single-stream" in served and "10 000 tokens/s" in served and "4.00" in served
 
 
 def test_tables_are_sorted_by_a_click(browser: Any, report: Path) -> None:

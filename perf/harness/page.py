@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import table
+from . import scenarios, table
 from .problem import not_installed
 from .record import Comparison, Record
 
@@ -58,10 +58,11 @@ def html(record: Record, found: Comparison | None, made: Sequence[Picture]) -> s
         changes=table.changes_table(found) if found else None,
         changes_line=table.changes_line(found) if found else "",
         sections=sections,
-        overview=[p for p in made if not p.family],
-        names=[s.name for s in sections],
+        overview=[p for p in made if p.name == "roofline"],
+        serving=[p for p in made if p.name.startswith("scenario")],
         index={p.name: i for i, p in enumerate(made)},
-        skipped=[(name, f"{why} ({count} problem{'s' * (count > 1)})") for name, why, count in table.not_timed(record)],
+        served=scenarios.tables(record.scenarios),
+        skipped=list(table.not_timed(record)),
         checked=CHECKED,
         # A script ends at the first "</script" in it, wherever that stands.
         library=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")),

@@ -37,7 +37,7 @@ def pictures(record: Record) -> list[Picture]:
             found += _speedup(family, op, of_op)
         for number, group in enumerate(table.grouped(problems, table.alike).values()):
             found += _curves(family, number, group)
-    return [*found, *_roofline(record)]
+    return [*found, *_roofline(record), *_rates(record), *_latencies(record)]
 
 
 def _names(problems: Sequence[ProblemEntry]) -> list[str]:
@@ -198,6 +198,66 @@ def _curve(family: str, name: str, key: str, curves: dict[str, list[ProblemEntry
         f"{fixed}. Medians of a call, bars from quartile to quartile; dashed: what the machine's limits allow.",
         family,
         _wide(chart, 320),
+    )
+
+
+def _served(record: Record, scenario: str, *numbers: str) -> list[dict[str, Any]]:
+    """Of the entries that have these numbers."""
+    return [
+        {"service": e.service, "name": "effk" if e.kind == "effk" else e.candidate, "scenario": scenario, **e.numbers}
+        for e in record.scenarios
+        if e.scenario == scenario and all(e.numbers.get(number) for number in numbers)
+    ]
+
+
+def _services(rows: Sequence[dict[str, Any]]) -> tuple[Any, Any, int]:
+    """A row each, the colour of candidates, and the picture's height."""
+    y = alt.Y("service:N", sort=None, title=None, axis=alt.Axis(labelLimit=420, grid=True))
+    names = table.unique(row["name"] for row in rows)
+    return y, _colour(names), HEAD + 2 * ROW * len({row["service"] for row in rows})
+
+
+def _rates(record: Record) -> Iterator[Picture]:
+    rows = [*_served(record, "offline", "rate"), *_served(record, "server", "rate")]
+    if not rows:
+        return
+    y, colour, height = _services(rows)
+    x = alt.X("rate:Q", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s", title="queries a second"))
+    kinds = alt.Scale(domain=["offline", "server"], range=["circle", "square"])
+    shape = alt.Shape("scenario:N", scale=kinds, legend=alt.Legend(orient="top", title=None))
+    tooltip = _tooltip("service", "name", "scenario", "rate")
+    points = alt.Chart(_data(rows)).mark_point(filled=True, size=80, opacity=0.9)
+    yield Picture(
+        "scenario_rates",
+        "Queries a second",
+        "offline: the largest batch, over and over. server: the largest rate of Poisson arrivals of which 99% are "
+        "answered within the bound.",
+        "",
+        _wide(points.encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip), height),
+    )
+
+
+def _latencies(record: Record) -> Iterator[Picture]:
+    rows = _served(record, "single-stream", "p50", "p99")
+    if not rows:
+        return
+    y, colour, height = _services(rows)
+    axis = alt.Axis(labelExpr="format(datum.value, '~s') + 's'", title="latency of a query")
+    x = alt.X("p50:Q", scale=alt.Scale(type="log", nice=False), axis=axis)
+    chart = alt.Chart(_data(rows)).encode(y=y, yOffset="name:N", color=colour)
+    tooltip = _tooltip("service", "name", "p50", "p90", "p99")
+    yield Picture(
+        "scenario_latencies",
+        "Latency of a single stream",
+        "Queries one after the other: from the median (dot) to the 99th percentile.",
+        "",
+        _wide(
+            alt.layer(
+                chart.mark_rule(strokeWidth=2).encode(x=x, x2="p99:Q", tooltip=tooltip),
+                chart.mark_circle(size=70, opacity=0.9).encode(x=x, tooltip=tooltip),
+            ),
+            height,
+        ),
     )
 
 

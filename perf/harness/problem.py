@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from .machine import Limits
+    from .scenarios import Service
 
 Call = Callable[[], Any]
 
@@ -155,20 +156,25 @@ class Goal:
 
 @dataclass(frozen=True)
 class Family:
-    """`check` tells a reader how results were checked."""
+    """`check` tells a reader how results were checked; `services` are for scenarios."""
 
     name: str
     problems: Sequence[Problem]
     goals: Sequence[Goal]
+    services: Sequence[Service] = ()
     check: str = ""
 
 
 def families() -> dict[str, Family]:
-    """Every module beside the harness is a family: it has PROBLEMS and GOALS, and its docstring tells of its checks."""
+    """Every module beside the harness is a family: it has PROBLEMS and GOALS, SERVICES if its ops are served, and its
+    docstring tells of its checks."""
     package = importlib.import_module("effk.perf")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg and not m.name.startswith("_")]
     modules = {name: importlib.import_module(f"effk.perf.{name}") for name in names}
-    return {name: Family(name, m.PROBLEMS, m.GOALS, _after_title(m)) for name, m in modules.items()}
+    return {
+        name: Family(name, m.PROBLEMS, m.GOALS, getattr(m, "SERVICES", ()), _after_title(m))
+        for name, m in modules.items()
+    }
 
 
 def _after_title(module: ModuleType) -> str:

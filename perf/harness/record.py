@@ -69,13 +69,44 @@ class ProblemEntry:
         return next((e for e in self.entries if e.name == name), None)
 
 
+ALL = "all"  # numbers of a scenario are missing
+
+
+@dataclass(frozen=True)
+class ScenarioEntry:
+    """What one candidate did in one scenario.
+
+    Attributes:
+        family: "" of a whole frame of a cascade.
+        size: of the service, what all batches share.
+        kind: "effk" or "peer".
+        numbers: by the keys of LAYOUTS' columns; seconds, queries a second, joules a query.
+        missing: number -> why it isn't there; ALL where none is.
+        wrong: what is wrong with the result, or how effk failed.
+        beside: the services that ran at the same time.
+    """
+
+    family: str
+    service: str
+    size: dict[str, Any]
+    unit: str
+    scenario: str
+    candidate: str
+    kind: str
+    numbers: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    wrong: str = ""
+    beside: list[str] = field(default_factory=list)
+
+
 @dataclass
 class Record:
     machine: dict[str, Any]  # machine.facts()
     limits: Limits
     seed: int
-    notes: dict[str, str]  # peer -> what its configuration is
+    notes: dict[str, str] = field(default_factory=dict)  # peer -> what its configuration is
     problems: list[ProblemEntry] = field(default_factory=list)
+    scenarios: list[ScenarioEntry] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)  # problem -> why its inputs couldn't be made
     finished: bool = False  # False: interrupted, the rest is missing
     flags: str = ""  # of the command, without families and files
@@ -85,7 +116,13 @@ class Record:
     def errors(self) -> list[str]:
         """What makes the run a failure, a line each."""
         wrong = [f"{p.name}, {name}: {what}" for p in self.problems for name, what in p.wrong.items()]
-        return wrong + [f"{name}: {what}" for name, what in self.broken.items()]
+        wrong += [f"{e.service}, {e.candidate}: {e.wrong}" for e in self.scenarios if e.wrong]
+        return [*dict.fromkeys(wrong), *(f"{name}: {what}" for name, what in self.broken.items())]
+
+    @property
+    def families(self) -> list[str]:
+        named = [*(p.family for p in self.problems), *(e.family for e in self.scenarios)]
+        return list(dict.fromkeys(filter(None, named)))
 
     def command(self, *families: str) -> str:
         """That measures this, or some families of it."""
@@ -107,7 +144,8 @@ class Record:
             if data["schema"] != SCHEMA:
                 raise ValueError(f"{path}: schema {data['schema']}; this harness reads {SCHEMA}")
             problems = [_read_problem(p) for p in data.pop("problems")]
-            return cls(limits=Limits(**data.pop("limits")), problems=problems, **data)
+            served = [ScenarioEntry(**e) for e in data.pop("scenarios", [])]
+            return cls(limits=Limits(**data.pop("limits")), problems=problems, scenarios=served, **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a file that --json wrote ({error!r})") from error
 

@@ -76,7 +76,7 @@ def _backends(op: str, device: torch.device) -> list[str]:
     return [b for b in _registry.backends(op) if b.startswith(prefixes)]
 
 
-def _effk(problem: Problem, work: Work, backend: str, device: torch.device) -> Candidate:
+def effk_candidate(problem: Problem, work: Work, backend: str, device: torch.device) -> Candidate:
     main = backend == main_backend(problem.op, device)
 
     def op(name: str) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def _effk(problem: Problem, work: Work, backend: str, device: torch.device) -> C
     return Candidate(backend, "effk", make, missing, graph=work.graph)
 
 
-def _peer(peer: Peer) -> Candidate:
+def peer_candidate(peer: Peer) -> Candidate:
     return Candidate(peer.name, "peer", peer.make, peer.missing, peer.view, peer.graph, peer.own_threads)
 
 
@@ -143,9 +143,9 @@ class Runner:
         work = problem.make(problem, self.device)
         copies = 1 if problem.warm else self.clock.copies(work.bytes)
         inputs = [work.inputs, *(copy.deepcopy(work.inputs) for _ in range(1, copies))]
-        candidates = [_effk(problem, work, b, self.device) for b in _backends(problem.op, self.device)]
+        candidates = [effk_candidate(problem, work, b, self.device) for b in _backends(problem.op, self.device)]
         peers = problem.peers[self.device.type]
-        candidates += [_peer(p) for p in peers if self.peers is None or p.name in self.peers]
+        candidates += [peer_candidate(p) for p in peers if self.peers is None or p.name in self.peers]
         missing: dict[str, str] = {}
         wrong: dict[str, str] = {}
         timed = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .record import Comparison, Entry, ProblemEntry, Record
+from .record import ALL, Comparison, Entry, ProblemEntry, Record
 
 STYLES = {"good": "green", "bad": "red bold", "strong": "bold", "dim": "dim", "": ""}
 
@@ -177,7 +178,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
     busy = f"; BUSY: load {machine['load']:.1f} before the run, on {machine['processors']} processors"
     quiet = machine["load"] < machine["processors"] / 2
     return [
-        ("command", record.command(*unique(p.family for p in record.problems))),
+        ("command", record.command(*record.families)),
         ("device", f"{machine['device']}, {machine['threads']} threads{'' if quiet else busy}"),
         ("software", f"effk {machine['effk']['version']}, torch {machine['torch']}, Python {machine['python']}"),
         ("limits", limits_line(record)),
@@ -187,13 +188,12 @@ def facts(record: Record) -> list[tuple[str, str]]:
     ]
 
 
-def not_timed(record: Record) -> Iterator[tuple[str, str, int]]:
-    """(candidate, why, in how many problems)."""
-    counts: dict[tuple[str, str], int] = {}
-    for problem in record.problems:
-        for item in problem.missing.items():
-            counts[item] = counts.get(item, 0) + 1
-    yield from ((name, reason, count) for (name, reason), count in sorted(counts.items()))
+def not_timed(record: Record) -> Iterator[tuple[str, str]]:
+    """(candidate, or number of a scenario; why, and how often)."""
+    found = [item for p in record.problems for item in p.missing.items()]
+    found += [(e.candidate if name == ALL else name, why) for e in record.scenarios for name, why in e.missing.items()]
+    for (name, why), count in sorted(Counter(found).items()):
+        yield name, f"{why} ({count} time{'s' * (count > 1)})"
 
 
 class Printer:
@@ -244,8 +244,8 @@ def print_record(record: Record, printer: Printer) -> None:
         printer.table(table)
     if skipped := list(not_timed(record)):
         printer.line("Not timed", "strong")
-        for name, reason, count in skipped:
-            printer.line(f"  {name}: {reason} ({count} problem{'s' * (count > 1)})")
+        for name, reason in skipped:
+            printer.line(f"  {name}: {reason}")
     for error in record.errors():
         printer.line(f"ERROR {error}", "bad")
     printer.line()

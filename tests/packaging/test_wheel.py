@@ -27,7 +27,7 @@ def run(*command: object, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tree, without CUDA for speed: that library is packed by the same lines."""
+    """Built from a copy of the tree for older systems; without CUDA for speed (the same lines link that library)."""
     folder = tmp_path_factory.mktemp("wheel")
     listed = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     for name in filter(None, listed.split("\0")):
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "source" / name)
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", folder)
-    run(*pip, folder / "source", env={**os.environ, "EFFK_CUDA": "0"})
+    run(*pip, folder / "source", env={**os.environ, "EFFK_CUDA": "0", "EFFK_GLIBC": "2.28"})
     (built,) = folder.glob("*.whl")
     return built
 
@@ -74,9 +74,15 @@ print(effk.__file__)
 """
 
 
-def test_tag(wheel: Path) -> None:
-    """One wheel for every Python 3."""
-    assert re.fullmatch(r"effk-[\d.]+-py3-none-(linux|manylinux\w+)_\w+\.whl", wheel.name)
+def test_tag(wheel: Path, tmp_path: Path) -> None:
+    """One wheel for every Python 3 and every Linux that a manylinux tag promises, as its auditor finds too."""
+    platform = f"manylinux_2_28_{os.uname().machine}"
+    assert re.fullmatch(rf"effk-[\d.]+-py3-none-{platform}\.whl", wheel.name)
+    audit = (sys.executable, "-m", "auditwheel", "repair", "--plat", platform, "--exclude", "libtorch_cpu.so")
+    run(*audit, "-w", tmp_path, wheel)
+    (repaired,) = tmp_path.glob("*.whl")
+    libraries = {n for n in zipfile.ZipFile(repaired).namelist() if ".so" in n}
+    assert libraries == {"effk/lib/libeffk_cpu.so"}, "something had to be brought along"
 
 
 def test_contents(wheel: Path) -> None:
@@ -101,6 +107,16 @@ def test_library_needs_only_torch_and_the_system(wheel: Path, tmp_path: Path) ->
     assert "libtorch_cpu.so" in needed
     assert not [n for n in needed if not allowed.fullmatch(n)], needed
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+def test_of_torch_it_uses_the_stable_interface_alone(wheel: Path, tmp_path: Path) -> None:
+    """Functions of C, which torch keeps from 2.10 on, and no symbol of its C++ that changes with each version."""
+    library = Path(zipfile.ZipFile(wheel).extract("effk/lib/libeffk_cpu.so", tmp_path))
+    names = [line.split() for line in run("nm", "-D", library).splitlines()]
+    of_torch = {name for *_, kind, name in names if kind == "U" and "@" not in name}
+    assert of_torch and not [name for name in of_torch if not re.match(r"(aoti_)?torch_\w+$", name)], sorted(of_torch)
+    defined = {name for *_, kind, name in names if kind not in "Uw"}
+    assert defined and all(name.startswith("effk_") for name in defined), sorted(defined)
 
 
 def test_no_path_of_the_build_inside(wheel: Path, tmp_path: Path) -> None:
