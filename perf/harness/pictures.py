@@ -13,7 +13,21 @@ from . import table
 from .record import ProblemEntry, Record
 
 # Okabe and Ito's colours, which most readers can tell apart; effk's own is the first.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f", "#b8a800")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8c6d31",
+    "#7f7f7f",
+    "#b8a800",
+    "#5e3c99",
+    "#a6761d",
+    "#1b7837",
+    "#e7298a",
+)
 FAINT = "#888"
 CURVE = 3  # points that make one
 DECADE = 10.0  # between a curve's ends, from where its axis is logarithmic
