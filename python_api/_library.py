@@ -57,7 +57,7 @@ def load() -> None:
     """Loads both libraries. A missing one is a fact for `effk.status()`, not an error."""
     cpu.load()
     if not cpu.loaded:
-        log.warning("effk has no operators: its CPU library is missing (%s)", cpu.missing)
+        log.warning("effk has no kernels for CPUs: its library is missing (%s); slow references answer", cpu.missing)
         cuda.missing = "needs the CPU library"
         return
     cuda.load()

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,17 @@ EXTRA_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 _library_impl = torch.library.Library("effk", "IMPL")
 
+SCHEMAS = Path(__file__).parent / "schemas.txt"  # as the C++ libraries define them, for platforms that have none
+if not _library.cpu.loaded:
+    _definitions = torch.library.Library("effk", "FRAGMENT")
+    for schema in SCHEMAS.read_text().splitlines():
+        _definitions.define(schema)
+
+
+def schemas() -> str:
+    """What SCHEMAS should be."""
+    return "".join(f"{op.overload._schema}".removeprefix("effk::") + "\n" for op in OPS.values())
+
 
 def op(**parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declares the op that the decorated function documents and calls; its parts are `Op`'s attributes."""
@@ -85,8 +97,7 @@ def op(**parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def declare(api: Callable[..., Any]) -> Callable[..., Any]:
         declared = Op(name=api.__name__, api=api, **parts)
         OPS[declared.name] = declared
-        if _library.cpu.loaded:
-            _register(declared)
+        _register(declared)
         return api
 
     return declare
@@ -155,7 +166,7 @@ def has_triton() -> bool:
 def check_forced_backend() -> None:
     """Applies EFFK_BACKEND; one that can't run here raises."""
     forced = os.environ.get("EFFK_BACKEND", "")
-    if not forced or not _library.cpu.loaded:
+    if not forced:
         return
     known = all_backends()
     if forced not in known:
@@ -168,9 +179,8 @@ def check_forced_backend() -> None:
 
 def all_backends() -> tuple[str, ...]:
     """The back ends of this machine, whatever the op."""
-    if not _library.cpu.loaded:
-        return ()
-    names = ["reference", *(f"cpu-{level}" for level in _library.supported_cpu_levels())]
+    levels = _library.supported_cpu_levels() if _library.cpu.loaded else ()
+    names = ["reference", *(f"cpu-{level}" for level in levels)]
     if _library.cuda.loaded and torch.cuda.is_available():
         names.append("cuda")
     if has_triton() and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
@@ -217,7 +227,6 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
         RuntimeError: the back end can't run here.
     """
     found = find(op)
-    _ = _library.cpu.handle  # without it there is none, and this says why
     if backend not in backends(op):
         raise RuntimeError(f"effk: {op} can't run on {backend!r} here; it can on {', '.join(backends(op))}")
     if backend == "reference":

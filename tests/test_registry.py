@@ -197,3 +197,9 @@ def test_status_lists_everything() -> None:
     assert set(found["backends"]) == set(_registry.OPS)
     assert found["cpu_level"] in found["cpu_levels"]
     assert set(found["libraries"]) == {"cpu", "cuda"}
+
+
+def test_schemas_are_those_of_the_library() -> None:
+    """What platforms without one define."""
+    command = "python -c 'import effk._registry as r; r.SCHEMAS.write_text(r.schemas())'"
+    assert _registry.SCHEMAS.read_text() == _registry.schemas(), f"write them by {command}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+SMOKE = Path(__file__).parent / "smoke.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one wheel for all of them
 
@@ -87,7 +88,7 @@ def test_tag(wheel: Path, tmp_path: Path) -> None:
 
 def test_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"effk/py.typed", "effk/lib/libeffk_cpu.so"}
+    wanted = {"effk/py.typed", "effk/schemas.txt", "effk/lib/libeffk_cpu.so"}
     for source, target in (("python_api", "effk"), ("kernels", "effk/kernels"), ("perf", "effk/perf")):
         for path in (ROOT / source).rglob("*"):
             if path.suffix in (".py", ".h", ".cuh", ".cpp", ".html") and "__pycache__" not in path.parts:
@@ -167,10 +168,44 @@ def test_every_level_can_be_forced(installed: Path, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
 
 
-def test_missing_library_is_no_import_error(installed: Path, tmp_path: Path) -> None:
-    """It is a fact for effk.status()."""
+def without_library(installed: Path, tmp_path: Path) -> Path:
+    """A folder with the package, to run in: it comes before the installed one."""
     package = Path(call(installed, tmp_path, "-c", "import effk; print(effk.__file__)").stdout.strip()).parent
     shutil.copytree(package, tmp_path / "effk", ignore=shutil.ignore_patterns("lib"))
-    done = call(installed, tmp_path, "-c", "import effk; print(effk.status()['libraries']['cpu'])")
+    return tmp_path
+
+
+def test_missing_library_is_no_import_error(installed: Path, tmp_path: Path) -> None:
+    """It is a fact for effk.status()."""
+    folder = without_library(installed, tmp_path)
+    done = call(installed, folder, "-c", "import effk; print(effk.status()['libraries']['cpu'])")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "missing: not built"
+    assert done.stdout.strip() == "missing: not built" and "slow references answer" in done.stderr
+
+
+def test_references_answer_where_there_is_no_library(installed: Path, tmp_path: Path) -> None:
+    """As on a platform that none is built for."""
+    shutil.copy(SMOKE, tmp_path / "smoke.py")
+    done = call(installed, without_library(installed, tmp_path), "smoke.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "" and "effk::lscd_linear has no kernel for cpu" in done.stderr
+
+
+def test_every_family_works(installed: Path, tmp_path: Path) -> None:
+    done = call(installed, tmp_path, str(SMOKE))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "scalar"
+
+
+@pytest.mark.parametrize("processor, levels", [("Westmere", "scalar"), ("Haswell", "scalar avx2")])
+def test_an_older_processor_meets_no_instruction_of_a_newer_one(
+    installed: Path, tmp_path: Path, processor: str, levels: str
+) -> None:
+    """In an emulator, which ends a program that uses what the processor hasn't."""
+    emulator = shutil.which(f"qemu-{os.uname().machine}")
+    if emulator is None:
+        reason = "qemu-user isn't installed (Debian: apt-get install qemu-user)"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    done = subprocess.run([emulator, "-cpu", processor, installed, SMOKE], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == levels
