@@ -434,7 +434,8 @@ class AdapterBank:
         return [(self.names[i], g) for i, g in pairs if 0 <= i < len(self.names)]
 
     # Writing into parameters is nothing for a traced graph: it would have to see through their aliases.
-    @torch.compiler.disable
+    # torch.compiler.disable says the same, but would have `import effk` import the compiler, which takes a second.
+    @torch._disable_dynamo
     def _switch(self, ids: Tensor, gates: Tensor) -> None:
         gates = self._with_scaling(ids, gates.detach())
         old = self._merged or self._nothing
@@ -455,7 +456,7 @@ class AdapterBank:
             return False
         return torch.equal(ids, self._merged[0]) and torch.equal(gates, self._merged[1])
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _restore(self) -> None:
         if self._merged is None:
             return
@@ -493,7 +494,7 @@ class AdapterBank:
             self.selector = Selector.calibrate(self)
         return self.selector
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _merge_is_cheaper(self, ids: Tensor, gates: Tensor, steps: float, tokens: int) -> bool:
         gates = self._with_scaling(ids, gates.detach())
         if self._is_merged(ids, gates):
