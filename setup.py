@@ -8,6 +8,7 @@ EFFK_GLIBC=2.28 makes a wheel for Linux systems with that glibc or later, whatev
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -47,6 +48,7 @@ class CMakeBuild(build_ext):
             "EFFK_OUTPUT_DIR": output,
             "EFFK_TORCH_DIR": Path(torch.__file__).parent,
             "EFFK_CUDA": "ON" if wants_cuda() else "OFF",
+            "Python_EXECUTABLE": sys.executable,
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
         }
         if wants_cuda():

@@ -17,7 +17,9 @@ import effk
 import torch
 
 SIZES = ((32, 1024, 256), (16, 2048, 768), (8, 1024, 2048), (4, 2048, 4096))  # experts, K, I
+QUICK_SIZES = ((8, 256, 96), (4, 128, 256))
 ROWS = (2, 8, 16, 24, 32, 40, 48, 64, 96, 160)  # of an expert, in the mean
+QUICK_ROWS = (2, 64)
 SKEWS = ("uniform", "random", "halves")
 GEMMS = ("auto", "grouped", "dense")
 
@@ -57,18 +59,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--quick", action="store_true", help="two tiny layers, single runs")
     args = parser.parse_args()
+    sizes, rows_of_experts, runs = (QUICK_SIZES, QUICK_ROWS, 1) if args.quick else (SIZES, args.rows, args.runs)
     dtype = getattr(torch, args.dtype)
-    costs = effk.moe.calibrate([dtype], save=False)[args.dtype]
+    costs = effk.moe.calibrate([dtype], save=False, runs=1 if args.quick else 5)[args.dtype]
     print("costs:", ", ".join(f"{c:.3g}" for c in costs))
     torch.manual_seed(0)
     regrets = []
     print("experts     K     I   rows  skew       auto ms  grouped ms  dense ms  regret")
     with torch.inference_mode():
-        for experts, cols, inner in SIZES:
-            for rows in args.rows:
+        for experts, cols, inner in sizes:
+            for rows in rows_of_experts:
                 for skew in SKEWS:
-                    t = measure(experts, cols, inner, rows, skew, dtype, args.runs)
+                    t = measure(experts, cols, inner, rows, skew, dtype, runs)
                     regrets.append(t["auto"] / min(t["grouped"], t["dense"]) - 1)
                     ms = "  ".join(f"{1e3 * t[gemm]:8.2f}" for gemm in GEMMS)
                     print(f"{experts:7} {cols:5} {inner:5} {rows:6}  {skew:8}  {ms}  {regrets[-1]:7.1%}", flush=True)
