@@ -53,9 +53,9 @@ class CMakeBuild(build_ext):
         }
         if wants_cuda():
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()
-        for name in ("EFFK_CUDA_ARCHITECTURES", "EFFK_GLIBC"):
-            if value := os.environ.get(name):
-                options[name] = value
+        options["EFFK_GLIBC"] = os.environ.get("EFFK_GLIBC", "")  # CMake would remember an earlier one
+        if archs := os.environ.get("EFFK_CUDA_ARCHITECTURES"):
+            options["EFFK_CUDA_ARCHITECTURES"] = archs
         defines = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
         jobs = os.environ.get("MAX_JOBS")

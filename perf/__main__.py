@@ -1,12 +1,15 @@
 """`python -m effk.perf`: times effk's back ends and their peers in one process, each checked before it is timed.
 
-Exit status: 0; 1 where a result was wrong or effk failed; 2 for bad arguments; 3 where effk is slower than in --base;
-130 when interrupted (what was measured by then is printed and written).
+Exit status: 0; 1 where a result was wrong or effk failed; 2 for bad arguments, or where --base has nothing that was
+measured; 3 where effk is slower than in --base, or too slow to be timed; 130 when interrupted (what was measured by
+then is printed and written).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +29,10 @@ from .harness.run import Runner, main_backend, short
 from .harness.timing import clock_for
 
 SEED = 0
-SECONDS, QUICK_SECONDS = 4.0, 1.0  # of timed calls a problem
+SECONDS, QUICK_SECONDS = 4.0, 0.25  # of timed calls a problem
 TRIAL, QUICK_TRIAL = 3.0, 0.25  # seconds of a scenario, and of each trial of the server's
+
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "EFFK_CPU_LEVEL", "EFFK_BACKEND")  # that changes what is measured
 
 Peers = list[str] | None  # names of those wanted; None: all
 WRONG, BAD_ARGUMENTS, SLOWER, INTERRUPTED = 1, 2, 3, 130  # exit statuses
@@ -60,12 +65,15 @@ def arguments(known: dict[str, Family]) -> argparse.ArgumentParser:
     return parser
 
 
-def flags(args: argparse.Namespace) -> str:
-    """Those that tell what is measured, not where it is written."""
+def command(args: argparse.Namespace) -> str:
+    """What measures this again, without what tells where it is written."""
+    set_here = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if name in os.environ]
+    set_here += ["EFFK_BAL=FOLDER"] if os.environ.get("EFFK_BAL") else []
     said = {"--quick": args.quick, "--device": args.device, "--threads": args.threads}
     said |= {"--peers": args.peers if args.peers != "all" else None, "--scenario": args.scenario}
     words = [[name] if value is True else [name, str(value)] for name, value in said.items() if value]
-    return shlex.join([word for pair in words for word in pair])
+    flags = shlex.join([*args.family, *(word for pair in words for word in pair)])
+    return " ".join([*set_here, "python -m effk.perf", *filter(None, [flags])])
 
 
 @contextmanager
@@ -113,7 +121,7 @@ def measure(args: argparse.Namespace, families: Sequence[Family], device: torch.
     clock = clock_for(device)
     limits = measure_limits(device)
     checks = {family.name: family.check for family in families}
-    record = Record(facts(device, clock.caches), limits, SEED, flags=flags(args), checks=checks)
+    record = Record(facts(device, clock.caches), limits, SEED, command=command(args), checks=checks)
     for problem in (p for f in families for p in f.problems):
         record.notes |= {p.name: p.note for p in problem.peers[device.type]}
         record.notes |= {d.name: d.note for d in problem.derived[device.type]}
@@ -159,6 +167,8 @@ def plan(
 ) -> tuple[str, Callable[[], Record]]:
     """The device's name, and what gives the record that the arguments ask for: by reading, or by measuring."""
     if args.source:
+        if args.family or args.quick or args.scenario:
+            parser.error("--from shows what a file has; families, --quick and --scenario choose what to measure")
         try:
             read = Record.read(args.source)
         except (OSError, ValueError) as error:
@@ -175,6 +185,8 @@ def plan(
         for f in families
     ]
     peers = peers_wanted(args.peers, [p for f in families for p in f.problems], device, parser)
+    if args.scenario and not scenarios.services(families, device, args.quick):
+        parser.error(f"--scenario: {', '.join(f.name for f in families)} has none")
     return device_name(device), lambda: measure(args, families, device, peers)
 
 
@@ -184,15 +196,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.family) - set(known):
         parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if not (math.isfinite(args.noise) and args.noise >= 0):
+        parser.error(f"--noise is {args.noise}; wanted 0 or more")
+    if args.base is not None and args.scenario:
+        parser.error("--base compares problems; scenarios have none")
     if args.report and (reason := page.missing()):
         parser.error(f"--report: {reason}; --json keeps what was measured, and --from makes its report elsewhere")
     device, make = plan(args, known, parser)
     try:
-        bases = read_base(args.base, device) if args.base else []
+        bases = read_base(args.base, device) if args.base is not None else []
+        for folder in filter(None, (args.json and args.json.parent, args.report)):
+            folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        parser.error(f"--base: {error}")
+        parser.error(str(error))
 
     record = make()
+    if args.json:  # before anything else can fail
+        record.write(args.json)
     found = compare(bases, record, args.noise) if bases else None
     printer = table.Printer()
     for made in scenarios.tables(record.scenarios):
@@ -200,8 +220,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.print_record(record, printer)
     if found:
         table.print_comparison(found, printer)
-    if args.json:
-        record.write(args.json)
     if args.report:
         page.write(record, args.report, found)
         printer.line(f"report   {args.report / 'index.html'}")
@@ -209,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG
     if not record.finished:
         return INTERRUPTED
-    return SLOWER if found and found.regressions else 0
+    if found and not found.changes and not found.lost:
+        return BAD_ARGUMENTS
+    return SLOWER if found and (found.regressions or found.lost) else 0
 
 
 def peers_wanted(

@@ -64,6 +64,14 @@ def test_a_changed_record_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert figures.main([str(page)]) == 0 and "| 12 ms |" in page.read_text()
 
 
+def test_prose_between_tables_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a comment at a table's end is missing."""
+    monkeypatch.chdir(ROOT)
+    start = f"<!-- figures: {RECORD} vq_topk codes=16x4 -->\n"
+    made = figures.generated(f"{start}prose\n{start}<!-- end of figures -->\n", ROOT, ROOT)
+    assert made.startswith(f"{start}prose\n{start}**vq_topk**")
+
+
 @pytest.mark.parametrize(
     "selection, reason",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import json
@@ -420,6 +421,7 @@ def test_a_regression_is_effks_own_and_more_than_the_machines(record: Record) ->
     machine, peers = with_time(record, 1.5, 1.5, 1.5, peer=1.5), with_time(record, 1.0, 1.0, 1.0, peer=1.5)
     count = [len(compare([base], now, 0.05).regressions) for now in (base, slower, faster, machine, peers)]
     assert count == [0, 1, 0, 0, 0]
+    assert compare([base], dataclasses.replace(base, problems=[]), 0.05).drift is None
     assert compare([base], machine, 0.05).drift == 1.5
     assert compare([slower, base], slower, 0.05).regressions, "the newest record counts"
 
@@ -436,6 +438,54 @@ def test_base_is_compared(
     assert run_main(monkeypatch, [unpack_problem()], "--base", str(base), seconds=2.0) == perf.SLOWER
     assert "2.00x" in capsys.readouterr().out
     assert run_main(monkeypatch, [unpack_problem()], "--base", str(base), "--noise", "1.5", seconds=2.0) == 0
+
+
+def test_what_is_no_longer_timed_is_a_regression(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, other = tmp_path / "base.json", tmp_path / "other.json"
+    assert run_main(monkeypatch, [unpack_problem()], "--json", str(base)) == 0
+    monkeypatch.setattr(run, "TOO_SLOW", 0.0)
+    assert run_main(monkeypatch, [unpack_problem()], "--base", str(base)) == perf.SLOWER
+    said = capsys.readouterr().out
+    assert "no longer timed: lscd_unpack" in said and "too slow to time" in said
+    monkeypatch.undo()
+    assert (
+        run_main(monkeypatch, [unpack_problem(tag=5)], "--base", str(base), "--json", str(other)) == perf.BAD_ARGUMENTS
+    )
+    assert "nothing of the base was measured again" in capsys.readouterr().out and other.exists()
+
+
+def test_other_work_under_the_same_name_is_not_compared(record: Record) -> None:
+    (problem,) = record.problems
+    more = dataclasses.replace(record, problems=[dataclasses.replace(problem, bytes=2 * problem.bytes)])
+    found = compare([record], more, 0.05)
+    assert not found.changes and "1 problems do other work" in found.differences[0]
+    versions = {**record.machine, "versions": {"onnxruntime": "0"}}
+    assert "versions" in compare([dataclasses.replace(record, machine=versions)], record, 0.05).differences[0]
+
+
+def test_a_single_call_has_no_spread_to_show(record: Record) -> None:
+    once = Stats.of([1.0])
+    entry = Entry("cpu-scalar", "effk", once, 0.5, 1.0)
+    (problem,) = with_time(record, 1.0, 1.0, 1.0).problems
+    (made,) = table.tables([dataclasses.replace(problem, entries=[entry])])
+    assert "one call" in [cell.text for cell in made.rows[0]]
+    base = with_time(record, 1.0, 1.0, 1.0)
+    base.problems[0].entries[0] = entry
+
+    def regressions(seconds: float) -> int:
+        return len(compare([base], with_time(record, *(seconds,) * 3), 0.05).regressions)
+
+    assert [regressions(s) for s in (1.1, 1.14, 1.16)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(1.5, "1.5 s"), (999.6e-6, "1 ms"), (999.4e-6, "999 µs"), (0.9996, "1 s"), (5e-10, "0.5 ns"), (1234.5, "1234 s")],
+)
+def test_durations_have_three_digits(seconds: float, text: str) -> None:
+    assert table.duration(seconds) == text
 
 
 def test_base_may_be_a_commit(
@@ -477,18 +527,24 @@ def test_scenarios_take_the_place_of_problems(
 ) -> None:
     served = ScenarioEntry("lscd", "a service", {}, "token", "offline", "cpu-avx2", "effk", {"rate": 5.0})
     monkeypatch.setattr(scenarios, "run", lambda *args: iter([served]))
+    monkeypatch.setattr(scenarios, "services", lambda *args: lscd.SERVICES)
     file = tmp_path / "r.json"
     assert run_main(monkeypatch, [unpack_problem()], "--scenario", "offline", "--json", str(file)) == 0
     record = Record.read(file)
     assert record.scenarios == [served] and not record.problems
-    assert record.command() == "python -m effk.perf --device cpu --scenario offline"
-    assert "5 tokens/s" in capsys.readouterr().out
+    assert record.said.endswith("python -m effk.perf --device cpu --scenario offline")
+    said = capsys.readouterr().out
+    assert "5 tokens/s" in said and "are read before every call" not in said
 
 
 def test_the_command_leaves_files_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EFFK_CPU_LEVEL", "scalar")
+    monkeypatch.setenv("EFFK_BAL", str(tmp_path))
     file = tmp_path / "r.json"
     run_main(monkeypatch, [unpack_problem([peer("a")])], "--peers", "a", "--json", str(file))
-    assert Record.read(file).command("family") == "python -m effk.perf family --device cpu --peers a"
+    assert Record.read(file).said.endswith(
+        "EFFK_CPU_LEVEL=scalar EFFK_BAL=FOLDER python -m effk.perf --device cpu --peers a"
+    )
 
 
 def test_json_says_everything(record: Record, tmp_path: Path) -> None:
@@ -500,6 +556,29 @@ def test_json_says_everything(record: Record, tmp_path: Path) -> None:
     assert "/" not in "".join(data["machine"]["effk"]["libraries"].values()), "paths are not for publication"
     assert data["problems"][0]["missing"] == {"gone": "not <here>"}
     assert record.problems[0].goals == [GoalEntry("a", 0.5, 1.0)]
+
+
+def test_a_record_that_cant_be_shown_is_refused(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    record.write(file)
+    good = json.loads(file.read_text())
+    for spoil in (
+        lambda d: d["machine"].pop("device"),
+        lambda d: d["limits"].update(matmul={}),
+        lambda d: d["problems"][0].update(bytes=0),
+        lambda d: d["problems"][0]["entries"][0]["time"].update(median=0.0),
+    ):
+        bad = copy.deepcopy(good)
+        spoil(bad)
+        file.write_text(json.dumps(bad))
+        with pytest.raises(ValueError):
+            Record.read(file)
+
+
+def test_names_may_look_like_markup(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    (problem,) = record.problems
+    table.print_record(dataclasses.replace(record, problems=[dataclasses.replace(problem, op="[/x]")]), table.Printer())
+    assert "[/x]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ['{"schema": 0}', "[]", "{}", "nonsense"])
@@ -528,6 +607,12 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ["--peers", "none_such"],
         ["--base", str(tmp_path / "none")],
         ["--scenario", "none_such"],
+        ["--scenario", "all"],  # which this family has none for
+        ["--noise", "nan"],
+        ["--noise", "-1"],
+        ["--base", ""],
+        ["--base", "HEAD", "--scenario", "all"],
+        ["--quick", "--from", "x"],
     ):
         with pytest.raises(SystemExit) as raised:
             run_main(monkeypatch, [unpack_problem([peer("a")])], *args)

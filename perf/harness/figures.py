@@ -22,7 +22,7 @@ from pathlib import Path
 from . import table
 from .record import RESULTS, ProblemEntry, Record
 
-BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: ([^\n]+) -->\n)(?:(?!<!-- figures).)*?(<!-- end of figures -->)", re.DOTALL)
 
 
 def matches(problem: ProblemEntry, op: str, sizes: dict[str, list[str]]) -> bool:
@@ -51,8 +51,8 @@ def figures(selection: str, root: Path, folder: Path) -> str:
     # An op made of others has no back end of its own.
     where += "".join(f", {name}" for name in table.unique(p.main for p in problems) if name != "reference")
     title = table.title(problems).replace(op, f"**{op}**", 1).replace("  ", ", ")
-    said = f"{title}. {where}, torch {machine['torch']}, {machine['date'][:10]}"
-    return f"{said}: `{record.command(problems[0].family)}`, [record]({link}).\n\n{rows}\n"
+    said = f"{title}. {where}, torch {machine['torch']}, {machine['date'][:10]}{table.busy(record)}"
+    return f"{said}: `{record.said}`, [record]({link}).\n\n{rows}\n"
 
 
 def generated(text: str, root: Path, folder: Path) -> str:

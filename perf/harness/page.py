@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .pictures import Picture
 
 NEEDS = ("jinja2", "altair", "vl_convert")
-CHECKED = "every result, within its bound of the float64 reference, before it was timed"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def html(record: Record, found: Comparison | None, made: Sequence[Picture]) -> s
         index={p.name: i for i, p in enumerate(made)},
         served=scenarios.tables(record.scenarios),
         skipped=list(table.not_timed(record)),
-        checked=CHECKED,
+        checked=table.CHECKED,
         # A script ends at the first "</script" in it, wherever that stands.
         library=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")),
         charts=Markup(charts.replace("<", "\\u003c")),

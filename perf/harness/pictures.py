@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -12,7 +12,7 @@ import altair as alt
 from . import table
 from .record import ProblemEntry, Record
 
-# Okabe and Ito's colours, which most readers can tell apart; effk's own is the first.
+# Okabe and Ito's colours, which most readers can tell apart, and more where these don't suffice; the first is effk's.
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -28,7 +28,7 @@ COLOURS = (
     "#1b7837",
     "#e7298a",
 )
-FAINT = "#888"
+FAINT = "#767676"
 CURVE = 3  # points that make one
 DECADE = 10.0  # between a curve's ends, from where its axis is logarithmic
 COLUMNS = 3  # of a legend, as wide as a telephone
@@ -47,22 +47,21 @@ class Picture:
 def pictures(record: Record) -> list[Picture]:
     found: list[Picture] = []
     for family, problems in table.grouped(record.problems, lambda p: p.family).items():
+        names = ["effk", *table.rivals(problems)]  # each has the same colour in all pictures of the family
         for op, of_op in table.grouped(problems, lambda p: p.op).items():
-            found += _speedup(family, op, of_op)
+            found += _speedup(family, op, of_op, names)
         for number, group in enumerate(table.grouped(problems, table.alike).values()):
-            found += _curves(family, number, group)
-    return [*found, *_roofline(record), *_rates(record), *_latencies(record)]
+            found += _curves(family, number, group, names)
+    found += [*_roofline(record), *_rates(record), *_latencies(record)]
+    return [replace(p, chart=p.chart.properties(description=p.title)) for p in found]
 
 
-def _names(problems: Sequence[ProblemEntry]) -> list[str]:
-    """effk's main back end as "effk", then what it is compared with: the order of the colours."""
-    return ["effk", *table.rivals(problems)]
-
-
-def _colour(names: Sequence[str]) -> Any:
+def _colour(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
+    """Of these names; the legend shows those that occur."""
     scale = alt.Scale(domain=list(names), range=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
-    legend = alt.Legend(title=None, orient="top", columns=COLUMNS, labelLimit=300)
-    return alt.Color("name:N", scale=scale, legend=legend)
+    there = {row["name"] for row in rows}
+    shown = [name for name in names if name in there]
+    return alt.Color("name:N", scale=scale, legend=alt.Legend(title=None, orient="top", columns=COLUMNS, values=shown))
 
 
 def _data(rows: list[dict[str, Any]]) -> Any:
@@ -82,11 +81,13 @@ def _wide(chart: Any, height: int) -> Any:
     return chart.properties(width="container", height=height, autosize=fit).configure_view(stroke=None)
 
 
-def _speedup(family: str, op: str, problems: Sequence[ProblemEntry]) -> Iterator[Picture]:
+def _speedup(family: str, op: str, problems: Sequence[ProblemEntry], names: Sequence[str]) -> Iterator[Picture]:
     """A row a problem, a dot a peer, ticks for goals. Of one problem, its table says as much."""
     if len(problems) == 1:
         return
     keys = table.varying(problems) or list(problems[0].size)
+    # What tells most apart comes first: a narrow screen cuts labels short.
+    keys = sorted(keys, key=lambda key: -len({p.size.get(key) for p in problems}))
     rows = [
         {
             "problem": _said(p, keys),
@@ -114,7 +115,7 @@ def _speedup(family: str, op: str, problems: Sequence[ProblemEntry]) -> Iterator
         axis=alt.Axis(format="~g", orient="top"),
     )
     y = alt.Y("problem:N", sort=None, title=None, axis=alt.Axis(labelLimit=420, grid=True))
-    colour = _colour(table.rivals(problems))
+    colour = _colour(names, rows)
     one = alt.Chart(_data([{"ratio": 1}])).mark_rule(strokeDash=[4, 3], color=FAINT).encode(x=x)
     dots = alt.Chart(_data(rows)).mark_circle(size=70, opacity=0.9)
     layers = [one, dots.encode(x=x, y=y, color=colour, tooltip=_tooltip("problem", "name", "time", "effk"))]
@@ -131,7 +132,7 @@ def _speedup(family: str, op: str, problems: Sequence[ProblemEntry]) -> Iterator
     )
 
 
-def _curves(family: str, number: int, problems: Sequence[ProblemEntry]) -> Iterator[Picture]:
+def _curves(family: str, number: int, problems: Sequence[ProblemEntry], names: Sequence[str]) -> Iterator[Picture]:
     """Cost against each size in which enough of them differ; one chosen set of the others is shown at a time.
 
     Sizes that go together, as observations with cameras, make one curve, against the largest.
@@ -146,7 +147,7 @@ def _curves(family: str, number: int, problems: Sequence[ProblemEntry]) -> Itera
         groups = table.grouped(with_key, functools.partial(_said, keys=others))
         curves = {said: group for said, group in groups.items() if len({p.size[key] for p in group}) >= CURVE}
         if curves:
-            yield _curve(family, f"cost_{problems[0].op}_{number}_{key}", key, curves)
+            yield _curve(family, f"cost_{problems[0].op}_{number}_{key}", key, curves, names)
 
 
 def _follows(problems: Sequence[ProblemEntry], key: str, of: str) -> bool:
@@ -158,7 +159,7 @@ def _greatest(problems: Sequence[ProblemEntry], key: str) -> float:
     return max(p.size.get(key, 0) for p in problems)
 
 
-def _curve(family: str, name: str, key: str, curves: dict[str, list[ProblemEntry]]) -> Picture:
+def _curve(family: str, name: str, key: str, curves: dict[str, list[ProblemEntry]], names: Sequence[str]) -> Picture:
     problems = [p for group in curves.values() for p in group]
     rows = [
         {
@@ -192,7 +193,7 @@ def _curve(family: str, name: str, key: str, curves: dict[str, list[ProblemEntry
     )
     seconds = alt.Axis(labelExpr="format(datum.value, '~s') + 's'", title="time of a call")
     y = alt.Y("seconds:Q", scale=alt.Scale(type="log", nice=False), axis=seconds)
-    colour = _colour(_names(problems))
+    colour = _colour(names, rows)
     lines = alt.Chart(_data(rows)).encode(x=x, color=colour)
     layers = [
         lines.mark_line(point=alt.OverlayMarkDef(size=45)).encode(y=y, tooltip=_tooltip(key, "name", "time", "limit")),
@@ -227,8 +228,8 @@ def _served(record: Record, scenario: str, *numbers: str) -> list[dict[str, Any]
 def _services(rows: Sequence[dict[str, Any]]) -> tuple[Any, Any, int]:
     """A row each, the colour of candidates, and the picture's height."""
     y = alt.Y("service:N", sort=None, title=None, axis=alt.Axis(labelLimit=420, grid=True))
-    names = table.unique(row["name"] for row in rows)
-    return y, _colour(names), HEAD + 2 * ROW * len({row["service"] for row in rows})
+    names = table.unique(["effk", *(row["name"] for row in rows)])
+    return y, _colour(names, rows), HEAD + 2 * ROW * len({row["service"] for row in rows})
 
 
 def _rates(record: Record) -> Iterator[Picture]:
@@ -245,7 +246,8 @@ def _rates(record: Record) -> Iterator[Picture]:
         "scenario_rates",
         "Queries a second",
         "offline: the largest batch, over and over. server: the largest rate of Poisson arrivals of which 99% are "
-        "answered within the bound.",
+        "answered within the bound."
+        + "".join(f" None for {e.candidate}, {e.service}." for e in record.scenarios if e.numbers.get("rate") == 0),
         "",
         _wide(points.encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip), height),
     )
@@ -263,7 +265,7 @@ def _latencies(record: Record) -> Iterator[Picture]:
     yield Picture(
         "scenario_latencies",
         "Latency of a single stream",
-        "Queries one after the other: from the median (dot) to the 99th percentile.",
+        "Queries one after the other: from the median (dot) to the 99th percentile; seconds.",
         "",
         _wide(
             alt.layer(

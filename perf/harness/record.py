@@ -18,6 +18,7 @@ from .machine import Limits
 from .timing import Stats
 
 SCHEMA = 1
+SINGLE = 3  # times the noise that a single call may differ by
 RESULTS = "perf/results"  # where a repository keeps records, a folder a device
 
 
@@ -109,7 +110,7 @@ class Record:
     scenarios: list[ScenarioEntry] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)  # problem -> why its inputs couldn't be made
     finished: bool = False  # False: interrupted, the rest is missing
-    flags: str = ""  # of the command, without families and files
+    command: str = ""  # that measured it, with the environment that counts and without files; "" in older records
     checks: dict[str, str] = field(default_factory=dict)  # family -> how its results were checked
     schema: int = SCHEMA
 
@@ -120,13 +121,12 @@ class Record:
         return [*dict.fromkeys(wrong), *(f"{name}: {what}" for name, what in self.broken.items())]
 
     @property
-    def families(self) -> list[str]:
-        named = [*(p.family for p in self.problems), *(e.family for e in self.scenarios)]
-        return list(dict.fromkeys(filter(None, named)))
-
-    def command(self, *families: str) -> str:
-        """That measures this, or some families of it."""
-        return " ".join(["python -m effk.perf", *families, *filter(None, [self.flags])])
+    def said(self) -> str:
+        """The command, as far as it is known."""
+        if self.command:
+            return self.command
+        named = dict.fromkeys(p.family for p in self.problems)
+        return " ".join(["python -m effk.perf", *named])
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +143,10 @@ class Record:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise ValueError(f"{path}: schema {data['schema']}; this harness reads {SCHEMA}")
+            data["machine"]["device"], data["machine"]["date"], data["limits"]["matmul"]["float32"]
+            entries = [e["time"]["median"] for p in data["problems"] for e in p["entries"]]
+            if not all(number > 0 for number in (*entries, *(p["bytes"] for p in data["problems"]))):
+                raise ValueError(f"{path}: times and bytes have to be above 0")
             problems = [_read_problem(p) for p in data.pop("problems")]
             served = [ScenarioEntry(**e) for e in data.pop("scenarios", [])]
             return cls(limits=Limits(**data.pop("limits")), problems=problems, scenarios=served, **data)
@@ -162,11 +166,15 @@ def read_base(text: str, device: str) -> list[Record]:
     """
     if Path(text).is_file():
         return [Record.read(Path(text))]
+    if not text:
+        raise ValueError("empty; wanted a file or a commit")
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}").strip()
     if not commit:
         raise ValueError(f"{text}: no such file, and no commit of a git repository here")
-    files = [f for f in _git("ls-tree", "-r", "--name-only", commit, "--", RESULTS).splitlines() if f.endswith(".json")]
-    records = [Record.parse(_git("show", f"{commit}:{file}"), f"{text}:{file}") for file in files]
+    files = [f for f in _git("ls-tree", "-r", "-z", "--name-only", commit, "--", RESULTS).split("\0") if ".json" in f]
+    kept = {file: _git("show", f"{commit}:{file}") for file in files}
+    # Other devices' may be of another schema.
+    records = [Record.parse(t, f"{text}:{file}") for file, t in kept.items() if json.dumps(device) in t]
     records = [r for r in records if r.machine["device"] == device]
     if not records:
         raise ValueError(f"{text}: no record of {device} in {RESULTS} there")
@@ -200,6 +208,11 @@ class Change:
         """The ranges between the quartiles don't touch."""
         return self.after.q1 > self.before.q3 or self.after.q3 < self.before.q1
 
+    def beyond(self, noise: float) -> bool:
+        """A single call has no spread that would tell; more noise makes up for it."""
+        allowed = 1 + (SINGLE if 1 in (self.before.n, self.after.n) else 1) * noise
+        return self.beyond_spread and not 1 / allowed <= self.factor <= allowed
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -208,44 +221,52 @@ class Comparison:
     Attributes:
         changes: of all times that both have; the newest earlier one counts.
         noise: relative change that is none.
-        machines: what makes the records hard to compare.
+        lost: effk's times that only the earlier run has, though it measured the same problem, and why.
+        differences: what makes the records hard to compare.
     """
 
     changes: list[Change]
     noise: float
-    machines: list[str]
+    lost: dict[str, str]
+    differences: list[str]
 
     @property
-    def drift(self) -> float:
-        """By how much the machine is slower than then: the peers' median factor, or 1 without peers."""
+    def drift(self) -> float | None:
+        """By how much the machine is slower than then: the peers' median factor, or None without peers in both."""
         factors = [c.factor for c in self.changes if not c.own]
-        return statistics.median(factors) if factors else 1.0
+        return statistics.median(factors) if factors else None
 
     @property
     def notable(self) -> list[Change]:
         """Beyond spread and noise, the slowest first."""
-        found = [c for c in self.changes if c.beyond_spread and not 1 / (1 + self.noise) <= c.factor <= 1 + self.noise]
-        return sorted(found, key=lambda c: -c.factor)
+        return sorted((c for c in self.changes if c.beyond(self.noise)), key=lambda c: -c.factor)
 
     @property
     def regressions(self) -> list[Change]:
         """Where effk is slower, and by more than the machine is."""
-        return [c for c in self.notable if c.own and c.factor > max(1.0, self.drift) * (1 + self.noise)]
+        return [c for c in self.notable if c.own and c.factor > max(1.0, self.drift or 1.0) * (1 + self.noise)]
 
 
 def compare(bases: Sequence[Record], now: Record, noise: float) -> Comparison:
-    before = {(p.name, e.name): e for base in bases for p in base.problems for e in p.entries}
-    changes = [
-        Change(p.name, e.name, e.kind == "effk", before[p.name, e.name].time, e.time)
-        for p in now.problems
-        for e in p.entries
-        if e.kind != "derived" and (p.name, e.name) in before
-    ]
-    keys = ("device", "threads", "torch", "caches")
-    differing = {
-        f"{key}: {base.machine.get(key)} -> {now.machine.get(key)}": None
-        for base in bases
-        for key in keys
-        if base.machine.get(key) != now.machine.get(key)
-    }
-    return Comparison(changes, noise, list(differing))
+    problems = {p.name: p for base in bases for p in base.problems}
+    changes: list[Change] = []
+    lost: dict[str, str] = {}
+    altered = 0
+    for p in now.problems:
+        if (old := problems.get(p.name)) is None:
+            continue
+        if (old.bytes, old.flops) != (p.bytes, p.flops):
+            altered += 1
+            continue
+        for before in (e for e in old.entries if e.kind != "derived"):
+            own = before.kind == "effk"
+            if after := p.find(before.name):
+                changes.append(Change(p.name, before.name, own, before.time, after.time))
+            elif own and (why := p.missing.get(before.name) or p.wrong.get(before.name)):
+                lost[f"{p.name}, {before.name}"] = why
+    differences = [f"{altered} problems do other work than then and aren't compared"] if altered else []
+    for base in bases:
+        for key in ("device", "threads", "python", "torch", "versions", "caches"):
+            if (a := base.machine.get(key)) != (b := now.machine.get(key)):
+                differences.append(f"{key}: {a} -> {b}")
+    return Comparison(changes, noise, lost, list(dict.fromkeys(differences)))

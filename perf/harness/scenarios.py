@@ -33,7 +33,7 @@ from .energy import SPAN, Meter, meter_for
 from .problem import Call, Family, Problem, Work
 from .record import ALL, ScenarioEntry
 from .run import Candidate, WrongResult, effk_candidate, main_backend, peer_candidate, short
-from .table import Cell, Table, duration
+from .table import Cell, Table, duration, scaled
 from .timing import CpuClock, torch_threads
 
 QUERIES = 1000  # of a single stream at least,
@@ -565,13 +565,12 @@ def seconds_of(value: float, unit: str) -> str:
 
 def per_second(value: float, unit: str) -> str:
     """Three digits that count."""
-    text = f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}".replace(",", " ")
+    text = f"{value:.3g}" if value < 999.5 else f"{float(f'{value:.3g}'):,.0f}".replace(",", " ")
     return f"{text} {unit}s/s"
 
 
 def joules_of(value: float, unit: str) -> str:
-    prefix, scale = next(((p, s) for p, s in (("", 1.0), ("m", 1e-3)) if value >= s), ("µ", 1e-6))
-    return f"{value / scale:.3g} {prefix}J"
+    return scaled(value, "J", (("", 1.0), ("m", 1e-3), ("µ", 1e-6)))
 
 
 def whole(value: float, unit: str) -> str:
@@ -610,7 +609,7 @@ SLOWDOWN = Column("slowdown", "slowdown", factor)
 LAYOUTS: Mapping[str, Layout] = {
     "single-stream": Layout("single-stream: one query after the other", (P50, P90, P99, COUNT), LATENCY),
     "offline": Layout(
-        "offline: the largest batch, over and over",
+        "offline: the largest batch, over and over; energy is that of the whole package or board, idle included",
         (
             Column("batch", "batch", whole),
             Column("rate", "rate", per_second),
@@ -661,7 +660,7 @@ def _table(entries: Sequence[ScenarioEntry], layout: Layout) -> Table:
         row = [Cell(" beside ".join([e.service, *e.beside]), hint=hint), Cell(e.candidate, tone, e.wrong)]
         row += [_cell(e, column) for column in layout.columns]
         if layout.ratio:
-            row.append(_ratio(own[e.service], e, *layout.ratio))
+            row.append(_ratio(own.get(e.service, e), e, *layout.ratio))
         rows.append(row)
     header = ["service", "candidate", *(c.header for c in layout.columns), *(["effk's ratio"] if layout.ratio else [])]
     return Table(layout.title, header, rows)

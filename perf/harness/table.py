@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .record import ALL, Comparison, Entry, ProblemEntry, Record
 STYLES = {"good": "green", "bad": "red bold", "strong": "bold", "dim": "dim", "": ""}
 
 
+CHECKED = "every result is within its bound of the float64 reference; none was timed before that, but single calls"
 NOISY = 0.1  # half a spread that makes a median doubtful
 
 
@@ -31,16 +33,22 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
 
+def three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def scaled(value: float, unit: str, prefixes: Sequence[tuple[str, float]]) -> str:
+    """With the first prefix that leaves 1 or more before the point, after rounding."""
+    prefix, scale = next(((p, s) for p, s in prefixes if value >= 0.9995 * s), prefixes[-1])
+    return f"{three_digits(value / scale)} {prefix}{unit}"
+
+
 def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+    return scaled(seconds, "s", (("", 1.0), ("m", 1e-3), ("µ", 1e-6), ("n", 1e-9)))
 
 
 def rate(value: float, unit: str) -> str:
-    prefix, scale = next(((p, s) for p, s in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if value >= s), ("", 1.0))
-    return f"{value / scale:.3g} {prefix}{unit}"
+    return scaled(value, unit, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1.0)))
 
 
 def grouped(problems: Iterable[ProblemEntry], key: Callable[[ProblemEntry], Any]) -> dict[Any, list[ProblemEntry]]:
@@ -107,7 +115,9 @@ def _own_cells(problem: ProblemEntry, entry: Entry) -> list[Cell]:
     return [
         Cell(entry.name, tone),
         Cell(duration(t.median), tone, hint, t.median),
-        Cell(f"±{t.spread / 2:.1%}", "bad" if t.spread / 2 > NOISY else "dim", key=t.spread),
+        Cell(f"±{t.spread / 2:.1%}", "bad" if t.spread / 2 > NOISY else "dim", key=t.spread)
+        if t.n > 1
+        else Cell("one call", "dim", key=math.inf),
         Cell(f"{entry.share:.0%} {problem.limit}", tone, f"at least {duration(problem.roofline)}", entry.share),
     ]
 
@@ -146,14 +156,12 @@ def changes_table(found: Comparison) -> Table:
 
 def changes_line(found: Comparison) -> str:
     """What the table of changes amounts to."""
-    if not found.changes:
+    if not found.changes and not found.lost:
         return "nothing of the base was measured again"
-    count = len(found.regressions)
+    count = len(found.regressions) + len(found.lost)
     text = f"{count} regression{'s' * (count != 1)}" if count else "no regression"
-    band = f"changes beyond the quartiles and {found.noise:.0%}"
-    return (
-        f"{text} among {len(found.changes)} times ({band}; peers' times are {found.drift:.2f} times those of the base)"
-    )
+    peers = "no peer in both" if found.drift is None else f"peers' times are {found.drift:.2f} times those of the base"
+    return f"{text} among {len(found.changes)} times (changes beyond the quartiles and {found.noise:.0%}; {peers})"
 
 
 def goals_line(record: Record) -> str:
@@ -173,17 +181,21 @@ def limits_line(record: Record) -> str:
     return f"read {rate(record.limits.read, 'B/s')}, copy {rate(record.limits.copy, 'B/s')}, matmul {matmul}"
 
 
+def busy(record: Record) -> str:
+    """What else kept the processors busy, or ""."""
+    load, processors = record.machine["load"], record.machine["processors"]
+    return f"; BUSY: load {load:.1f} before the run, on {processors} processors" if load >= processors / 2 else ""
+
+
 def facts(record: Record) -> list[tuple[str, str]]:
     machine = record.machine
-    busy = f"; BUSY: load {machine['load']:.1f} before the run, on {machine['processors']} processors"
-    quiet = machine["load"] < machine["processors"] / 2
     return [
-        ("command", record.command(*record.families)),
-        ("device", f"{machine['device']}, {machine['threads']} threads{'' if quiet else busy}"),
+        ("command", record.said),
+        ("device", f"{machine['device']}, {machine['threads']} threads{busy(record)}"),
         ("software", f"effk {machine['effk']['version']}, torch {machine['torch']}, Python {machine['python']}"),
         ("limits", limits_line(record)),
-        ("caches", machine["caches"]),
-        ("checks", "every result timed here was within its bound of the float64 reference beforehand"),
+        ("caches", machine["caches"] if record.problems else "warm, as far as they hold what a scenario uses"),
+        ("checks", CHECKED),
         ("goals", goals_line(record)),
     ]
 
@@ -224,9 +236,9 @@ class Printer:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        made = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        made = RichTable(title=Text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for name in table.header:
-            made.add_column(name.replace("-", "-\n"), no_wrap=True)
+            made.add_column(Text(name.replace("-", "-\n")), no_wrap=True)
         for row in table.rows:
             made.add_row(*(Text(cell.text, STYLES[cell.tone]) for cell in row))
         self.console.print(made)
@@ -254,8 +266,10 @@ def print_record(record: Record, printer: Printer) -> None:
 
 
 def print_comparison(found: Comparison, printer: Printer) -> None:
-    for line in found.machines:
-        printer.line(f"the base is of another machine or set-up: {line}", "bad")
+    for line in found.differences:
+        printer.line(f"unlike the base: {line}", "bad")
+    for name, why in found.lost.items():
+        printer.line(f"no longer timed: {name}: {why}", "bad")
     if found.notable:
         printer.table(changes_table(found))
-    printer.line(f"base     {changes_line(found)}", "bad" if found.regressions else "")
+    printer.line(f"base     {changes_line(found)}", "bad" if found.regressions or found.lost else "")
