@@ -38,6 +38,9 @@ class ScriptedClock:
     def __init__(self, *scripts: list[float]):
         self.scripts = list(scripts)
 
+    def slowed(self) -> float:
+        return 1.0
+
     def copies(self, nbytes: int) -> int:
         return 1
 
@@ -647,6 +650,41 @@ def test_the_cpu_clock_times_the_call_alone() -> None:
     done = []
     seconds = clock.sampler([lambda: done.append(time.sleep(0.02))], How())()
     assert len(done) == 1 and seconds >= 0.02
+
+
+def test_samples_of_a_slowed_machine_dont_count() -> None:
+    """Unless it is never quiet."""
+
+    class Disturbed(ScriptedClock):
+        def __init__(self, *slowed: float):
+            super().__init__()
+            self.factors, self.count = slowed, 0
+
+        def sampler(self, calls, how):
+            def sample() -> float:
+                self.count += 1
+                return 1e-3 * self.slowed()
+
+            return sample
+
+        def slowed(self) -> float:
+            return self.factors[self.count % len(self.factors)]
+
+    sometimes = measure(unpack_problem(), Disturbed(1.0, 1.5, 2.0))
+    assert {e.time.median for e in sometimes.entries} == {1e-3} and all(e.time.n >= 5 for e in sometimes.entries)
+    never = measure(unpack_problem(), Disturbed(1.5))
+    assert {e.time.median for e in never.entries} == {1.5e-3}
+
+
+def test_reading_tells_whether_the_machine_is_slowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, at = CpuClock(), iter([0.0, 2.0, 10.0, 13.0, 20.0, 22.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(at))
+    found = []
+    for _ in range(3):
+        clock.read()
+        found.append(clock.slowed())
+    monkeypatch.undo()
+    assert found == [1.0, 1.5, 1.25]
 
 
 def test_warm_caches_and_other_threads() -> None:

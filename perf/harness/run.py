@@ -20,6 +20,8 @@ from .timing import Clock, How, Sample, Stats
 
 ROUNDS = 15  # before a median may count as settled
 MIN_ROUNDS = 5  # of candidates that use up their share of the time
+QUIET = 1.05  # times as long as at best that fixed work may take beside a sample that counts
+PATIENCE = 3  # times the time that is spent on waiting for so many samples that count
 PRECISION = 0.01  # relative standard error of a settled median
 ELAPSED = 2.0  # times a candidate's share of the time, for its samples with what is done between timed calls
 TOO_SLOW = 1.0  # seconds of a call that isn't worth more than one
@@ -43,20 +45,32 @@ class Candidate:
 class Timed:
     candidate: Candidate
     sample: Sample
+    clock: Clock
     samples: list[float] = field(default_factory=list)
+    quiet: list[float] = field(default_factory=list)  # those that nothing else slowed down
     elapsed: float = 0.0  # seconds, of samples with cold caches and waiting
 
     def add_sample(self) -> None:
         start = time.perf_counter()
         self.samples.append(self.sample())
+        if self.clock.slowed() <= QUIET:
+            self.quiet.append(self.samples[-1])
         self.elapsed += time.perf_counter() - start
 
     @property
+    def counting(self) -> list[float]:
+        """All, where a machine is never quiet."""
+        return self.quiet if len(self.quiet) >= MIN_ROUNDS else self.samples
+
+    @property
     def settled(self) -> bool:
-        return len(self.samples) >= ROUNDS and Stats.of(self.samples).precision < PRECISION
+        return len(self.quiet) >= ROUNDS and Stats.of(self.quiet).precision < PRECISION
 
     def exhausted(self, seconds: float) -> bool:
-        return len(self.samples) >= MIN_ROUNDS and (sum(self.samples) >= seconds or self.elapsed >= ELAPSED * seconds)
+        if len(self.samples) < MIN_ROUNDS:
+            return False
+        patience = 1 if len(self.quiet) >= MIN_ROUNDS else PATIENCE
+        return sum(self.samples) >= patience * seconds or self.elapsed >= patience * ELAPSED * seconds
 
 
 def main_backend(op: str, device: torch.device) -> str:
@@ -157,12 +171,12 @@ class Runner:
                 calls = [candidate.make(i) for i in inputs]
                 seconds = self._check(candidate, calls, work)
                 if problem.once:
-                    timed.append(Timed(candidate, calls[-1], [seconds]))
+                    timed.append(Timed(candidate, calls[-1], self.clock, [seconds]))
                 elif seconds > TOO_SLOW:
                     missing[candidate.name] = f"right but too slow to time: one call took {seconds:.1f} s"
                 else:
                     how = How(problem.warm, candidate.graph, candidate.own_threads)
-                    timed.append(Timed(candidate, self.clock.sampler(calls, how)))
+                    timed.append(Timed(candidate, self.clock.sampler(calls, how), self.clock))
             except WrongResult as error:
                 wrong[candidate.name] = f"wrong result: {error}"
             except Exception as error:  # whatever a peer fails with, the run goes on and says so
@@ -210,7 +224,7 @@ class Runner:
         missing: dict[str, str],
         wrong: dict[str, str],
     ) -> ProblemEntry:
-        times = {t.candidate.name: (t.candidate.kind, Stats.of(t.samples)) for t in timed}
+        times = {t.candidate.name: (t.candidate.kind, Stats.of(t.counting)) for t in timed}
         medians = {name: stats.median for name, (kind, stats) in times.items() if kind == "peer"}
         for derived in problem.derived[self.device.type]:
             if self.peers is not None and not set(derived.of) <= set(self.peers):

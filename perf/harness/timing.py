@@ -78,6 +78,10 @@ class Stats:
 class Clock(Protocol):
     caches: str  # what is done about caches, for the report
 
+    def slowed(self) -> float:
+        """How many times as long as at best the machine took for some fixed work right before the last sample."""
+        ...
+
     def copies(self, nbytes: int) -> int:
         """How many copies of inputs of that size are needed."""
         ...
@@ -111,6 +115,9 @@ class CpuClock:
     Threads wait for work by spinning, for milliseconds after their last. For a candidate with threads of its own, the
     others' have to sleep by then and its own to be awake, as torch's are for the others; afterwards its own have to
     sleep.
+
+    The time that the reading takes tells whether something else, such as a neighbour of a virtual machine, is slowing
+    the processors or the memory down.
     """
 
     def __init__(self) -> None:
@@ -119,6 +126,19 @@ class CpuClock:
             f"cold: {self.buffer.nbytes >> 20} MiB, twice the last-level cache, are read before every call; "
             f"where said warm: the call runs before, {WARM_UPS} times or for {WARM_SECONDS * 1e3:g} ms"
         )
+        self.least: dict[int, float] = {}  # seconds of reading, by the number of threads
+        self.last = (0, 0.0)
+
+    def slowed(self) -> float:
+        threads, seconds = self.last
+        return seconds / self.least[threads]
+
+    def read(self) -> None:
+        threads, start = torch.get_num_threads(), time.perf_counter()
+        self.buffer.sum()
+        seconds = time.perf_counter() - start
+        self.least[threads] = min(seconds, self.least.get(threads, seconds))
+        self.last = threads, seconds
 
     def copies(self, nbytes: int) -> int:
         return 1
@@ -131,9 +151,9 @@ class CpuClock:
                 self.wait_for_quiet()
                 call()
                 with torch_threads(1):
-                    self.buffer.sum()
+                    self.read()
             else:
-                self.buffer.sum()
+                self.read()
             if how.warm:
                 end = time.perf_counter() + WARM_SECONDS
                 for _ in range(WARM_UPS):
@@ -175,6 +195,9 @@ class CudaClock:
             f"cold: calls rotate over copies of the inputs, more than {2 * self.l2 >> 20} MiB (2 L2) in all; "
             f"where said warm: calls on one copy, {WARM_UPS} before and {WARM_UPS} timed"
         )
+
+    def slowed(self) -> float:
+        return 1.0  # a GPU is one program's
 
     def copies(self, nbytes: int) -> int:
         return 2 * self.l2 // max(nbytes, 1 << 16) + 2
