@@ -38,8 +38,8 @@ class ScriptedClock:
     def __init__(self, *scripts: list[float]):
         self.scripts = list(scripts)
 
-    def slowed(self) -> float:
-        return 1.0
+    def quiet(self) -> bool:
+        return True
 
     def copies(self, nbytes: int) -> int:
         return 1
@@ -663,12 +663,16 @@ def test_samples_of_a_slowed_machine_dont_count() -> None:
         def sampler(self, calls, how):
             def sample() -> float:
                 self.count += 1
-                return 1e-3 * self.slowed()
+                return 1e-3 * self.slowed
 
             return sample
 
+        @property
         def slowed(self) -> float:
             return self.factors[self.count % len(self.factors)]
+
+        def quiet(self) -> bool:
+            return self.slowed == 1.0
 
     sometimes = measure(unpack_problem(), Disturbed(1.0, 1.5, 2.0))
     assert {e.time.median for e in sometimes.entries} == {1e-3} and all(e.time.n >= 5 for e in sometimes.entries)
@@ -676,15 +680,18 @@ def test_samples_of_a_slowed_machine_dont_count() -> None:
     assert {e.time.median for e in never.entries} == {1.5e-3}
 
 
-def test_reading_tells_whether_the_machine_is_slowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, at = CpuClock(), iter([0.0, 2.0, 10.0, 13.0, 20.0, 22.5])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(at))
-    found = []
-    for _ in range(3):
+@pytest.mark.parametrize("slowed, quiet", [((1.0, 1.0), True), ((1.2, 1.0), False), ((1.0, 1.2), False)])
+def test_fixed_work_tells_whether_the_machine_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, slowed: tuple[float, float], quiet: bool
+) -> None:
+    """Products and reading, each beside its best."""
+    clock, now = CpuClock(), [0.0]
+    for factors in ((1.5, 1.0), (1.0, 1.5), slowed):
+        ends = iter([0.0, factors[0], 10.0, 10.0 + 4 * factors[1]])
+        monkeypatch.setattr(time, "perf_counter", lambda ends=ends: now[0] + next(ends))
         clock.read()
-        found.append(clock.slowed())
-    monkeypatch.undo()
-    assert found == [1.0, 1.5, 1.25]
+        monkeypatch.undo()
+    assert clock.quiet() == quiet
 
 
 def test_warm_caches_and_other_threads() -> None:

@@ -20,8 +20,6 @@ from .timing import Clock, How, Sample, Stats
 
 ROUNDS = 15  # before a median may count as settled
 MIN_ROUNDS = 5  # of candidates that use up their share of the time
-QUIET = 1.05  # times as long as at best that fixed work may take beside a sample that counts
-PATIENCE = 3  # times the time that is spent on waiting for so many samples that count
 PRECISION = 0.01  # relative standard error of a settled median
 ELAPSED = 2.0  # times a candidate's share of the time, for its samples with what is done between timed calls
 TOO_SLOW = 1.0  # seconds of a call that isn't worth more than one
@@ -53,7 +51,7 @@ class Timed:
     def add_sample(self) -> None:
         start = time.perf_counter()
         self.samples.append(self.sample())
-        if self.clock.slowed() <= QUIET:
+        if self.clock.quiet():
             self.quiet.append(self.samples[-1])
         self.elapsed += time.perf_counter() - start
 
@@ -66,10 +64,10 @@ class Timed:
     def settled(self) -> bool:
         return len(self.quiet) >= ROUNDS and Stats.of(self.quiet).precision < PRECISION
 
-    def exhausted(self, seconds: float) -> bool:
+    def exhausted(self, seconds: float, patience: float) -> bool:
         if len(self.samples) < MIN_ROUNDS:
             return False
-        patience = 1 if len(self.quiet) >= MIN_ROUNDS else PATIENCE
+        patience = 1 if len(self.quiet) >= MIN_ROUNDS else patience
         return sum(self.samples) >= patience * seconds or self.elapsed >= patience * ELAPSED * seconds
 
 
@@ -137,6 +135,7 @@ class Runner:
     Args:
         peers: names of the peers wanted; None for all.
         seconds: of timed calls a problem.
+        patience: so many times the seconds are spent on waiting for a quiet machine.
     """
 
     def __init__(
@@ -147,10 +146,11 @@ class Runner:
         peers: Collection[str] | None,
         seconds: float,
         seed: int,
+        patience: float = 1.0,
     ):
         self.device, self.clock, self.limits = device, clock, limits
         self.peers, self.seconds = peers, seconds
-        self.random = random.Random(seed)
+        self.random, self.patience = random.Random(seed), patience
 
     @torch.inference_mode()  # as these ops are used; torch would look for gradients in Python at every call
     def measure(self, problem: Problem, family: Family) -> ProblemEntry:
@@ -208,7 +208,7 @@ class Runner:
             while not all(one.settled for one in active):
                 for one in self._shuffled(active):
                     one.add_sample()
-                active = [one for one in active if not one.exhausted(share)]
+                active = [one for one in active if not one.exhausted(share, self.patience)]
         finally:
             gc.enable()
 

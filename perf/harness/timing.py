@@ -19,6 +19,8 @@ Sample = Callable[[], float]  # runs a candidate once and returns seconds a call
 
 WARM_UPS = 10  # calls before one that is timed with warm caches
 WARM_SECONDS = 0.01  # after which fewer will do
+PRODUCTS = 4  # that tell how fast the processors are now
+QUIET = {"products": 1.1, "reading": 1.05}  # times as long as at best that fixed work takes on a quiet machine
 
 
 @contextmanager
@@ -78,8 +80,8 @@ class Stats:
 class Clock(Protocol):
     caches: str  # what is done about caches, for the report
 
-    def slowed(self) -> float:
-        """How many times as long as at best the machine took for some fixed work right before the last sample."""
+    def quiet(self) -> bool:
+        """Whether fixed work right before the last sample took no longer than it has to."""
         ...
 
     def copies(self, nbytes: int) -> int:
@@ -116,8 +118,8 @@ class CpuClock:
     others' have to sleep by then and its own to be awake, as torch's are for the others; afterwards its own have to
     sleep.
 
-    The time that the reading takes tells whether something else, such as a neighbour of a virtual machine, is slowing
-    the processors or the memory down.
+    The time that the reading and, before it, a few small products take tells whether something else, such as a
+    neighbour of a virtual machine, is slowing the memory or the processors down.
     """
 
     def __init__(self) -> None:
@@ -126,19 +128,25 @@ class CpuClock:
             f"cold: {self.buffer.nbytes >> 20} MiB, twice the last-level cache, are read before every call; "
             f"where said warm: the call runs before, {WARM_UPS} times or for {WARM_SECONDS * 1e3:g} ms"
         )
-        self.least: dict[int, float] = {}  # seconds of reading, by the number of threads
-        self.last = (0, 0.0)
+        self.matrix = torch.ones(256, 256)
+        self.product = torch.empty_like(self.matrix)
+        self.least: dict[tuple[str, int], float] = {}  # seconds of fixed work, by its name and the number of threads
+        self.slowed: dict[str, float] = {}  # by how much it was, last time
 
-    def slowed(self) -> float:
-        threads, seconds = self.last
-        return seconds / self.least[threads]
+    def quiet(self) -> bool:
+        return all(self.slowed[name] <= allowed for name, allowed in QUIET.items())
 
     def read(self) -> None:
-        threads, start = torch.get_num_threads(), time.perf_counter()
-        self.buffer.sum()
+        self._fixed("products", lambda: [torch.mm(self.matrix, self.matrix, out=self.product) for _ in range(PRODUCTS)])
+        self._fixed("reading", self.buffer.sum)
+
+    def _fixed(self, name: str, work: Call) -> None:
+        start = time.perf_counter()
+        work()
         seconds = time.perf_counter() - start
-        self.least[threads] = min(seconds, self.least.get(threads, seconds))
-        self.last = threads, seconds
+        key = name, torch.get_num_threads()
+        self.least[key] = min(seconds, self.least.get(key, seconds))
+        self.slowed[name] = seconds / self.least[key]
 
     def copies(self, nbytes: int) -> int:
         return 1
@@ -196,8 +204,8 @@ class CudaClock:
             f"where said warm: calls on one copy, {WARM_UPS} before and {WARM_UPS} timed"
         )
 
-    def slowed(self) -> float:
-        return 1.0  # a GPU is one program's
+    def quiet(self) -> bool:
+        return True  # a GPU is one program's
 
     def copies(self, nbytes: int) -> int:
         return 2 * self.l2 // max(nbytes, 1 << 16) + 2
