@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import io
 import os
@@ -21,6 +20,8 @@ from pathlib import Path
 import effk
 import pytest
 from effk import _library, _registry
+
+from .kit.needs import need
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,10 +70,7 @@ class Built(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needed = ("mkdocs", "material", "mkdocstrings_handlers")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        reason = f"not installed: {', '.join(missing)} (see requirements-dev.txt)"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    need("mkdocs", "material", "mkdocstrings_handlers")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_MKDOCS_2_WARNING": "1"}

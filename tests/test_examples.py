@@ -6,7 +6,6 @@ An example gets an entry in EXAMPLES; one without is a failure.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from .kit.needs import need
 from .kit.ranks import needs_gloo
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -177,9 +177,7 @@ NAMES = sorted({path.name for path in FOLDER.glob("*.py")} | set(EXAMPLES))
 )
 def test_example_runs(name: str, tmp_path: Path) -> None:
     assert name in EXAMPLES, f"{name} has no entry in EXAMPLES"
-    if missing := [package for package in EXAMPLES[name].needs if importlib.util.find_spec(package) is None]:
-        reason = f"not installed: {', '.join(missing)} (see requirements-dev.txt)"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    need(*EXAMPLES[name].needs)
     EXAMPLES[name].check(tmp_path)
 
 

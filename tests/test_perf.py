@@ -24,6 +24,8 @@ from effk.perf.harness.timing import WARM_UPS, CpuClock, How, Stats, last_level_
 from hypothesis import given
 from hypothesis import strategies as st
 
+from .kit.problems import unpack_problem
+
 CPU = torch.device("cpu")
 LIMITS = Limits(read=1e9, copy=2e9, matmul={"float32": 1e10, "bfloat16": 4e10, "float16": 1e9})
 times = st.floats(1e-9, 1e3)
@@ -53,25 +55,6 @@ class ScriptedClock:
             return script[state["i"] % len(script)]
 
         return sample
-
-
-def unpack_problem(peers=(), derived=(), wanted: float = 0.0, tag: int = 0) -> Problem:
-    """lscd_unpack of a matrix of ones, to whose expected result `wanted` is added."""
-    w = torch.ones(16, 24)
-
-    def make(problem: Problem, device: torch.device) -> Work:
-        packed = torch.ops.effk.lscd_pack(w)
-        expected = (w + wanted).double()
-        return Work(
-            inputs=w,
-            arguments=lambda w: ((*packed, 16, 24), {}),
-            check=lambda y, own: difference(y, expected, torch.zeros_like(expected)),
-            bytes=1000,
-            flops=0.0,
-            dtype=torch.float32,
-        )
-
-    return Problem("lscd_unpack", {"rows": 16, "tag": tag}, make, {"cpu": peers}, {"cpu": derived})
 
 
 def peer(name: str, result=lambda w: w, **options) -> Peer:
@@ -597,7 +580,7 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     file, folder = tmp_path / "r.json", tmp_path / "report"
-    problems = [unpack_problem(), unpack_problem([peer("p", interrupt)], tag=1), unpack_problem(tag=2)]
+    problems = [unpack_problem(tag=0), unpack_problem([peer("p", interrupt)], tag=1), unpack_problem(tag=2)]
     assert run_main(monkeypatch, problems, "--json", str(file), "--report", str(folder)) == 130
     record = Record.read(file)
     assert [p.size["tag"] for p in record.problems] == [0] and not record.finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from effk.perf.harness.machine import Limits, facts
 from effk.perf.harness.problem import families
 from effk.perf.harness.record import Entry, GoalEntry, ProblemEntry, Record, ScenarioEntry, compare
 from effk.perf.harness.timing import Stats
+
+from .kit.needs import need
 
 selenium = pytest.importorskip("selenium.webdriver")
 
@@ -93,10 +94,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    driver = shutil.which("chromedriver")
-    if driver is None or shutil.which("chromium") is None:
-        reason = "Chromium and its driver aren't installed (Debian: apt-get install chromium chromium-driver)"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    need(programs=("chromium", "chromedriver"), get="Debian: apt-get install chromium chromium-driver")
     from selenium.webdriver.chrome.service import Service
 
     options = selenium.ChromeOptions()
@@ -104,7 +102,7 @@ def browser() -> Iterator[Any]:
         for switch in (*SWITCHES, f"user-data-dir={profile}"):
             options.add_argument(f"--{switch}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        running = selenium.Chrome(options=options, service=Service(driver))
+        running = selenium.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         try:
             yield running
         finally:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from effk.perf import lora, lscd, moe
 from effk.perf.harness import scenarios, table
-from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
 from effk.perf.harness.problem import Peer, Problem, Work, families
 from effk.perf.harness.record import Record, ScenarioEntry
 from effk.perf.harness.scenarios import Answers, Clock, Service, Setting, rates, trial
 from effk.perf.harness.timing import torch_threads
+
+from .kit.problems import W, unpack_problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FAMILIES = ("lscd", "lora", "moe", "w4a8", "vq")
@@ -311,30 +312,15 @@ def test_a_cascade_is_compared_with_each_op_alone() -> None:
 
 # --- All of it --------------------------------------------------------------------------------------------------------
 
-W = torch.ones(16, 24)
-
-
-def unpacking(queries: int, peers: tuple[Peer, ...] = (), off: float = 0.0) -> Problem:
-    """lscd_unpack of ones, to whose expected result `off` is added."""
-
-    def make(problem: Problem, device: torch.device) -> Work:
-        packed = torch.ops.effk.lscd_pack(W)
-        expected = (W + off).double()
-        return Work(
-            inputs=W,
-            arguments=lambda w: ((*packed, 16, 24), {}),
-            check=lambda y, own: difference(y, expected, torch.zeros_like(expected)),
-            bytes=1000,
-            flops=0.0,
-            dtype=torch.float32,
-        )
-
-    return Problem("lscd_unpack", {"rows": 16, "queries": queries}, make, {"cpu": peers}, {"cpu": ()})
-
 
 def service(name: str, *peers: Peer, off: float = 0.0) -> Service:
     return Service(
-        name, lambda n: unpacking(n, peers, off), "matrix", {"cpu": 1e-3}, [p.name for p in peers], largest=2
+        name,
+        lambda n: unpack_problem(peers, wanted=off, queries=n),
+        "matrix",
+        {"cpu": 1e-3},
+        [p.name for p in peers],
+        largest=2,
     )
 
 
@@ -412,7 +398,7 @@ def test_inputs_that_cant_be_made_fail_their_service_alone() -> None:
     def broken(problem: Problem, device: torch.device) -> Work:
         raise MemoryError("too large")
 
-    problem = dataclasses.replace(unpacking(1), make=broken)
+    problem = dataclasses.replace(unpack_problem(queries=1), make=broken)
     bad = dataclasses.replace(service("bad", peer("p", lambda: W)), problem=lambda n: problem)
     entries = run(bad, service("good"), names=scenarios.SCENARIOS)
     assert {e.wrong for e in entries if e.service == "bad"} == {"MemoryError: too large"}

@@ -171,7 +171,11 @@ def read_base(text: str, device: str) -> list[Record]:
     commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}").strip()
     if not commit:
         raise ValueError(f"{text}: no such file, and no commit of a git repository here")
-    files = [f for f in _git("ls-tree", "-r", "-z", "--name-only", commit, "--", RESULTS).split("\0") if ".json" in f]
+    files = [
+        f
+        for f in _git("ls-tree", "-r", "-z", "--full-tree", "--name-only", commit, "--", RESULTS).split("\0")
+        if ".json" in f
+    ]
     kept = {file: _git("show", f"{commit}:{file}") for file in files}
     # Other devices' may be of another schema.
     records = [Record.parse(t, f"{text}:{file}") for file, t in kept.items() if json.dumps(device) in t]
@@ -184,8 +188,7 @@ def read_base(text: str, device: str) -> list[Record]:
 def _git(*arguments: str) -> str:
     """What it prints; "" where it fails or isn't installed."""
     try:
-        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True).stdout.strip()
-        return subprocess.run(["git", "-C", top, *arguments], capture_output=True, text=True).stdout if top else ""
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout
     except OSError:
         return ""
 

@@ -34,7 +34,7 @@ from .problem import Call, Family, Problem, Work
 from .record import ALL, ScenarioEntry
 from .run import Candidate, WrongResult, effk_candidate, main_backend, peer_candidate, short
 from .table import Cell, Table, duration, scaled
-from .timing import CpuClock, torch_threads
+from .timing import CpuClock, captured, torch_threads
 
 QUERIES = 1000  # of a single stream at least,
 SERVER_QUERIES = 500  # and of a trial of the server,
@@ -290,24 +290,6 @@ SERVED: Mapping[str, Callable[[Answers, float, Setting], Numbers]] = {
     "offline": offline,
     "server": server,
 }
-
-
-def captured(call: Call) -> Call:
-    """As a CUDA graph, whose result is always in the same memory."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def finisher(device: torch.device) -> Callable[[], Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -189,6 +189,24 @@ class CpuClock:
                 return
 
 
+def captured(call: Call) -> Call:
+    """As a CUDA graph, whose result is always in the same memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
 class CudaClock:
     """Replays one CUDA graph of calls on rotating copies of the inputs, between two events.
 
@@ -217,17 +235,7 @@ class CudaClock:
             for call in calls:
                 call()
 
-        run: Callable[[], None] = launch
-        if how.graph:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                launch()
-            torch.cuda.current_stream().wait_stream(stream)
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                launch()
-            run = captured.replay
+        run = captured(launch) if how.graph else launch
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
         def sample() -> float:

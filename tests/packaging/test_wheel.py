@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..kit.needs import need
+
 ROOT = Path(__file__).parents[2]
 SMOKE = Path(__file__).parent / "smoke.py"
 
@@ -202,10 +204,8 @@ def test_an_older_processor_meets_no_instruction_of_a_newer_one(
     installed: Path, tmp_path: Path, processor: str, levels: str
 ) -> None:
     """In an emulator, which ends a program that uses what the processor hasn't."""
-    emulator = shutil.which(f"qemu-{os.uname().machine}")
-    if emulator is None:
-        reason = "qemu-user isn't installed (Debian: apt-get install qemu-user)"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    emulator = f"qemu-{os.uname().machine}"
+    need(programs=[emulator], get="Debian: apt-get install qemu-user")
     done = subprocess.run([emulator, "-cpu", processor, installed, SMOKE], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == levels
