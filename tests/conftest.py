@@ -36,3 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Of other people's code, and nothing that a test here could change.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.jit._script")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no GPU")

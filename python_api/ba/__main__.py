@@ -17,6 +17,7 @@ import torch
 from . import Problem, Summary, colmap, position_globally, solve
 from .files import check_writable
 from .levenberg_marquardt import SOLVERS, Iteration
+from .models import INTRINSICS
 from .reference import LOSSES
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-seconds", type=float, metavar="S", help="of all solves")
     p.add_argument("--function-tolerance", type=float, default=1e-6, metavar="T")
     p.add_argument("--fix-intrinsics", action="store_true")
+    p.add_argument("--fix-principal-point", action="store_true", help="as COLMAP does")
     p.add_argument("--share-intrinsics", action="store_true", help="one set for all cameras, which must be equal")
     p.add_argument(
         "--position",
@@ -123,6 +125,8 @@ def run(a: argparse.Namespace) -> int:
         problem.share_intrinsics()
     if a.fix_intrinsics:
         problem.fix_intrinsics()
+    if a.fix_principal_point:
+        problem.fix_intrinsics([name for name in ("cx", "cy") if name in INTRINSICS[problem.model]])
     problem = problem.to(device)
     both = {
         "linear_solver": a.linear_solver,

@@ -152,13 +152,28 @@ class Problem:
         _check(check_range, "index", rows, 0, len(self.cameras) - 1)
         poses = self.num_parameters - len(self._intrinsics)
         columns = self._free()
-        chosen = columns[rows, (0 if pose else poses) : (None if intrinsics else poses)]
+        self._fix(columns, columns[rows, (0 if pose else poses) : (None if intrinsics else poses)])
+
+    def fix_intrinsics(self, names: Sequence[str] | None = None) -> None:
+        """Keeps intrinsics of all cameras as they are.
+
+        Args:
+            names: which, as the model calls them, such as ["cx", "cy"], the principal point, which COLMAP refines only
+                when it is told to; all by default.
+
+        Raises:
+            ValueError: the model has none of that name.
+        """
+        known = self._intrinsics
+        chosen = known if names is None else [names] if isinstance(names, str) else list(names)
+        if unknown := [name for name in chosen if name not in known]:
+            raise ValueError(f"names holds {unknown[0]!r}; {self.model!r} has {', '.join(known) or 'no intrinsics'}")
+        columns = self._free()
+        self._fix(columns, columns[:, [known.index(name) - len(known) for name in chosen]])
+
+    def _fix(self, columns: Tensor, chosen: Tensor) -> None:
         columns[torch.isin(columns, chosen)] = -1
         self.columns = _dense(columns)
-
-    def fix_intrinsics(self) -> None:
-        """Keeps the intrinsics of all cameras as they are."""
-        self.fix_cameras(range(len(self.cameras)), pose=False, intrinsics=True)
 
     def share_intrinsics(self, groups: Sequence[int] | Tensor | None = None) -> None:
         """Makes cameras have their intrinsics in common, in place of what they had in common before.

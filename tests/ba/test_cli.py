@@ -121,7 +121,11 @@ def test_fix_and_share_intrinsics(file: Path, folder: Path, tmp_path: Path, caps
     before, after = Problem.from_bal(file), Problem.from_bal(result)
     assert same_bits(before.cameras[:, 6:], after.cameras[:, 6:])
     assert bool((before.cameras[:, 3:6] != after.cameras[:, 3:6]).all())
+    assert main([str(folder), "-q", "--fix-principal-point", "-o", str(tmp_path / "sparse 2")]) == 0
+    before, after = Problem.from_colmap(folder), Problem.from_colmap(tmp_path / "sparse 2")
+    assert (before.cameras == after.cameras).all(0).nonzero().flatten().tolist() == [9, 10]
     # Those of a file differ, which are refused.
+    before = Problem.from_bal(file)
     capsys.readouterr()
     assert main([str(file), "-q", "--share-intrinsics"]) == 1
     assert "columns ties f of camera 0" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from effk.ba import colmap
+from effk.ba import colmap, solve
 from effk.ba.models import INTRINSICS
 from effk.ba.problem import Problem
 from hypothesis import given, settings
@@ -290,6 +290,24 @@ def test_nothing_at_all(tmp_path: Path) -> None:
     problem.fix_intrinsics()
     problem.fix_cameras([])
     problem.check()
+
+
+def test_fix_intrinsics_by_name() -> None:
+    problem = small("opencv")
+    problem.cameras[:, 6:] = problem.cameras[0, 6:]
+    problem.share_intrinsics()
+    problem.fix_intrinsics(["cx", "p2"])
+    assert problem.columns is not None
+    fixed = (problem.columns < 0).all(0)
+    assert fixed.tolist() == [False] * 6 + [False, False, True, False, False, False, False, True]
+    assert ((problem.columns < 0) == fixed).all()
+    problem.check()
+    problem.fix_intrinsics("k1")
+    assert (problem.columns < 0).any(0).nonzero().flatten().tolist() == [8, 10, 13]
+    problem.fix_intrinsics([])
+    with pytest.raises(ValueError, match="names holds 'f'; 'opencv' has fx, fy, cx"):
+        problem.fix_intrinsics(["k1", "f"])
+    assert (problem.columns < 0).any(0).sum() == 3
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -1088,6 +1106,49 @@ def test_rigs_beside_pycolmap() -> None:
     assert len(problem.cameras) == 4
     with pytest.raises(ValueError, match="so that their poses depend on each other"):
         problem.to_pycolmap(made)
+
+
+@pytest.mark.parametrize("loss", ["trivial", "huber"])
+@pytest.mark.parametrize("model", PARAMS)
+def test_the_optimum_is_pycolmaps(model: str, loss: str) -> None:
+    """A noisy reconstruction in, the adjusted one out: as good as what pycolmap.bundle_adjustment makes of it."""
+    pycolmap = pytest.importorskip("pycolmap")
+    pycolmap.set_random_seed(1)
+    options, noise = pycolmap.SyntheticDatasetOptions(), pycolmap.SyntheticNoiseOptions()
+    options.num_rigs, options.num_cameras_per_rig, options.num_frames_per_rig, options.num_points3D = 2, 1, 4, 150
+    options.camera_model_id, options.camera_params = getattr(pycolmap.CameraModelId, model), PARAMS[model]
+    noise.point2D_stddev, noise.point3D_stddev = 1.0, 0.05
+    noise.rig_from_world_rotation_stddev, noise.rig_from_world_translation_stddev = 0.3, 0.03
+    start = pycolmap.synthesize_dataset(options)
+    pycolmap.synthesize_noise(noise, start)
+
+    theirs = pycolmap.Reconstruction(start)
+    settings = pycolmap.BundleAdjustmentOptions()
+    settings.print_summary = False
+    settings.ceres.loss_function_type = getattr(pycolmap.LossFunctionType, loss.upper())
+    settings.ceres.solver_options.max_num_iterations = 500
+    pycolmap.bundle_adjustment(theirs, settings)
+
+    ours = pycolmap.Reconstruction(start)
+    problem = Problem.from_pycolmap(ours)
+    problem.fix_intrinsics([name for name in ("cx", "cy") if name in INTRINSICS[problem.model]])
+    summary = solve(problem, loss=loss, function_tolerance=1e-14, max_iterations=500)
+    problem.to_pycolmap(ours)
+
+    def cost(reconstruction: Any) -> float:
+        return solve(Problem.from_pycolmap(reconstruction), loss=loss, max_iterations=0).initial_cost
+
+    assert cost(start) > 5 * cost(theirs)
+    assert cost(ours) == pytest.approx(summary.final_cost, rel=1e-9)
+    assert cost(ours) == pytest.approx(cost(theirs), rel=1e-6)
+    for i in theirs.cameras:  # which don't depend on where the origin is
+        got, wanted, before = (r.cameras[i].params for r in (ours, theirs, start))
+        assert got == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        kept = [name in ("cx", "cy") for name in INTRINSICS[problem.model]]
+        assert (got == before).tolist() == kept
+    for r in (ours, theirs):
+        r.update_point_3d_errors()
+    assert ours.compute_mean_reprojection_error() == pytest.approx(theirs.compute_mean_reprojection_error(), rel=1e-4)
 
 
 # ---- what a problem is

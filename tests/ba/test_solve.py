@@ -880,7 +880,6 @@ def test_indices_out_of_range(name: str, number: int, index: torch.dtype) -> Non
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["camera_index", "point_index"])
 def test_indices_out_of_range_on_a_gpu(name: str) -> None:
     """An error there, too, unlike the steps."""

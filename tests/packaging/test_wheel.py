@@ -29,17 +29,26 @@ def run(*command: object, **options: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tree for older systems; without CUDA for speed (the same lines link that library)."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, of a copy of the tree."""
+    folder = tmp_path_factory.mktemp("sdist")
     listed = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).exists():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "source" / name)
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", folder)
-    run(*pip, folder / "source", env={**os.environ, "EFFK_CUDA": "0", "EFFK_GLIBC": "2.28"})
-    (built,) = folder.glob("*.whl")
+    make = f"import setuptools.build_meta; setuptools.build_meta.build_sdist({str(folder)!r})"
+    run(sys.executable, "-c", make, cwd=folder / "source")
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Built for older systems; without CUDA for speed (the same lines link that library)."""
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "-w", sdist.parent)
+    run(*pip, sdist, env={**os.environ, "EFFK_CUDA": "0", "EFFK_GLIBC": "2.28"})
+    (built,) = sdist.parent.glob("*.whl")
     return built
 
 
