@@ -67,15 +67,15 @@ Tensor lut(const Tensor& q, const Tensor& codebook, const OptTensor& inv) {
   return call.out;
 }
 
-// What vq_score and vq_topk need beside their arguments: checked lengths, and tables of 8 bits.
+// What vq_score and vq_topk need beside their arguments: checked lengths, and tables as the level reads them.
 class Prepared {
  public:
   Prepared(const char* op, const Cpu& kernels, const OptTensor& lens, Score& args)
       : lens_(numbers(op, "lens", lens, 0, args.keys)),
-        tables_(args.int8_table ? args.batch * args.heads * kernels.table_bytes(args) : 0),
+        tables_(args.batch * args.heads * kernels.table_bytes(args)),
         scales_(args.int8_table ? args.batch * args.heads * 2 : 0) {
     if (lens) args.lens = lens_.data();
-    if (!args.int8_table) return;
+    if (!kernels.table_bytes(args)) return;
     args.table = tables_.get();
     args.scale = scales_.get();
     for_parts(args.batch * args.heads, worthwhile(2 * args.subspaces * args.words),

@@ -45,7 +45,24 @@ inline int64_t first_query(const Score& p, int64_t pair) { return pair * p.group
 
 inline int64_t length(const Score& p, int64_t batch) { return p.lens ? p.lens[batch] : p.keys; }
 
-// --- Tables of 8 bits -----------------------------------------------------------------------------------------------
+// --- Tables ---------------------------------------------------------------------------------------------------------
+
+// What a level sums: entries as they come, entries of 8 bits, or those of four heads of a group side by side, which a
+// code finds at once.
+enum class Table { floats, bytes, quads };
+
+constexpr int64_t kQuad = 4;
+
+// Bytes a head of such quads; 0 where they aren't worth it: few heads, or few keys for the words.
+inline int64_t quad_bytes(const Score& p) {
+  const bool worth = p.codes != Codes::packed4 && p.group >= kQuad && p.keys >= 4 * p.subspaces * p.words;
+  return worth ? (p.subspaces * p.words + 15) / 16 * 64 : 0;
+}
+
+// Those of a query and the next three of its group.
+inline float* quads_of(const Score& p, int64_t query, int64_t bytes) {
+  return reinterpret_cast<float*>(p.table + query * bytes);
+}
 
 // One of words_stride bytes a sub-vector, and its step and base.
 inline void quantize_table(const float* lut, int64_t subspaces, int64_t words, uint8_t* out, int64_t words_stride,

@@ -10,6 +10,8 @@
 //   ranks_of(v): numbers that order as floats do, NaN lowest; count_above(x, y): how many numbers of x are larger
 //   append(scores, threshold, position, kept, positions): stores those scores that aren't below (nor NaN) and their
 //     positions, `position` being that of the first, and tells how many; writes kWidth of both
+//   transpose_quads(v): number i of quad L of v[0] to v[3] becomes quad L of v[i]; store_quads(p, v): quads as every
+//     fourth of those at p
 //   scores_of(p, pair, head, heads, key0, key1, out, stride, raw): the scores of at most kHeads heads of a pair from
 //     `head` on, kHeads being 4 at most; or, raw, the sums of an 8-bit table as floats, NaN if it has none; false as
 //     Cpu::score
@@ -309,6 +311,8 @@ inline void transform(const Lut& p, int64_t query0, int64_t query1) {
   });
 }
 
+constexpr int64_t kLutAhead = 16;  // rows
+
 inline void lut(const Lut& p, int64_t head, int64_t row0, int64_t row1) {
   const int64_t rows = p.subspaces * p.words, size = p.dim / p.subspaces, stride = padded(size, kPair);
   const Buffer<float> queries(p.batch * p.group * stride), room(p.group * kDotRows);
@@ -319,21 +323,41 @@ inline void lut(const Lut& p, int64_t head, int64_t row0, int64_t row1) {
       order_as<float>(p.query + query * p.dim + j * size, size, queries.get() + i * stride);
     }
     for (; row < end; row += kDotRows) {
-      const float* words[kDotRows];
+      const float *words[kDotRows], *ahead[kDotRows];
       const int64_t some = end - row < kDotRows ? end - row : kDotRows;
-      for (int64_t i = 0; i < kDotRows; ++i)
+      for (int64_t i = 0; i < kDotRows; ++i) {
         words[i] = p.codebook + (head * rows + row + (i < some ? i : some - 1)) * size;
+        ahead[i] = row + kLutAhead + i < rows ? words[i] + kLutAhead * size : words[i];
+      }
       for (int64_t b = 0; b < p.batch; ++b) {
         float* const out = p.out + (b * p.heads + head * p.group) * rows + row;
         const bool whole = some == kDotRows;
         dot_tiles<float>(words, size, queries.get() + b * p.group * stride, stride, p.group, whole ? out : room.get(),
-                         whole ? rows : kDotRows, nullptr);
+                         whole ? rows : kDotRows, b == 0 ? ahead : nullptr);
         if (whole) continue;
         for (int64_t g = 0; g < p.group; ++g)
           for (int64_t i = 0; i < some; ++i) out[g * rows + i] = room.get()[g * kDotRows + i];
       }
     }
     row = end;
+  }
+}
+
+// The quads of those queries that have three others of their group behind them, every fourth.
+inline void write_quads(const Score& p, int64_t query0, int64_t query1) {
+  const int64_t rows = p.subspaces * p.words;
+  for (int64_t query = query0; query < query1; ++query) {
+    const int64_t head = query % p.group;
+    if (head % kQuad || head + kQuad > p.group) continue;
+    float* const out = quads_of(p, query, quad_bytes(p));
+    for (int64_t row = 0; row < rows; row += kWidth) {
+      V v[4];
+#pragma GCC unroll 4
+      for (int h = 0; h < 4; ++h) v[h] = load_upto(p.lut + (query + h) * rows + row, rows - row);
+      transpose_quads(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store_quads(out + (row + i) * kQuad, v[i]);
+    }
   }
 }
 

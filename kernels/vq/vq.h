@@ -57,7 +57,7 @@ struct Score {
   const int64_t* lens;  // [B] or null: S. Checked.
   bool int8_table;
   float* out;  // [B, H, S]; past lens: -inf
-  // Of a CPU level with an 8-bit table: [B, H, Cpu::table_bytes()], and step and base of each, [B, H, 2].
+  // Of a CPU level: [B, H, Cpu::table_bytes()], if that isn't 0; of an 8-bit table step and base of each, [B, H, 2].
   uint8_t* table = nullptr;
   float* scale = nullptr;
 };
@@ -114,7 +114,8 @@ struct Cpu {
   // Entries [row0, row1) of the subspaces * words of a key head, for all batches and heads of its group.
   void (*lut)(const Lut&, int64_t head, int64_t row0, int64_t row1);
 
-  // Of an 8-bit table as the level reads it: bytes a head, a multiple of 64, and its making for queries b * H + h.
+  // Of a table that the level reads otherwise than as lut: bytes a head, a multiple of 64, which are 0 if there is
+  // none, and its making for queries b * H + h.
   int64_t (*table_bytes)(const Score&);
   void (*table)(const Score&, int64_t query0, int64_t query1);
   // Codes come from strangers: both give false where one that they read is out of range, which they never follow out of

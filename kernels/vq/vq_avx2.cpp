@@ -85,6 +85,22 @@ inline int64_t keep_above(const int32_t* ranks, int32_t* positions, int64_t n, i
   }
   return kept;
 }
+// Quads are four neighbours of a vector.
+inline void transpose_quads(V (&v)[4]) {
+  const V ab = _mm256_unpacklo_ps(v[0], v[1]), AB = _mm256_unpackhi_ps(v[0], v[1]);
+  const V cd = _mm256_unpacklo_ps(v[2], v[3]), CD = _mm256_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm256_shuffle_ps(ab, cd, 0x44);
+  v[1] = _mm256_shuffle_ps(ab, cd, 0xee);
+  v[2] = _mm256_shuffle_ps(AB, CD, 0x44);
+  v[3] = _mm256_shuffle_ps(AB, CD, 0xee);
+}
+inline V load_quads(const float* p, const int32_t* at) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_load_ps(p + at[0])), _mm_load_ps(p + at[4]), 1);
+}
+inline void store_quads(float* p, V v) {
+  _mm_store_ps(p, _mm256_castps256_ps128(v));
+  _mm_store_ps(p + 16, _mm256_extractf128_ps(v, 1));
+}
 inline void nearer(V x, Numbers at, V& best, Numbers& code) {
   const __m256 less = _mm256_cmp_ps(x, best, _CMP_LT_OQ);
   best = _mm256_blendv_ps(best, x, less);
@@ -140,8 +156,10 @@ inline void to_planes(const uint8_t* keys, int64_t bytes, uint8_t* planes) {
 
 // --- Scores ---------------------------------------------------------------------------------------------------------
 
-// Of packed codes 16 entries a sub-vector. Else as they come, and room for a read of four entries at the last.
+// Of 8 bits, of packed codes 16 entries a sub-vector. Else as they come, and room for a read of four entries at the
+// last.
 inline int64_t table_bytes(const Score& p) {
+  if (!p.int8_table) return quad_bytes(p);
   return p.codes == Codes::packed4 ? (p.subspaces * 16 + 63) / 64 * 64 : (p.subspaces * p.words + 3 + 63) / 64 * 64;
 }
 
@@ -206,7 +224,7 @@ inline __m256i eight_codes(const uint8_t* keys, int64_t bytes, const uint8_t* pl
 }
 
 // Likewise for all codes and tables; `wrong` gathers lanes whose codes are out of range.
-template <Codes C, int KH, bool kInt8>
+template <Codes C, int KH, Table kTable>
 inline void sum_codes(const Tables<KH>& t, const uint8_t* keys, int64_t bytes, const uint8_t* planes, int64_t subspaces,
                       int64_t words, V (&sums)[KH][4], __m256i& wrong) {
   const __m256i last = splat_number(static_cast<int32_t>(words - 1));
@@ -219,9 +237,16 @@ inline void sum_codes(const Tables<KH>& t, const uint8_t* keys, int64_t bytes, c
       __m256i code = eight_codes<C>(keys, bytes, planes, j, 8 * i);
       wrong = _mm256_or_si256(wrong, _mm256_cmpgt_epi32(code, last));
       code = _mm256_min_epi32(code, last);
+      if constexpr (kTable == Table::quads) {
+        int32_t at[8];
+        store_numbers(at, _mm256_slli_epi32(code, 2));
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) parts[r] += load_quads(t.floats[0] + 4 * j * words, at + r);
+        continue;
+      }
 #pragma GCC unroll 4
       for (int h = 0; h < KH; ++h)
-        if constexpr (kInt8) {
+        if constexpr (kTable == Table::bytes) {
           const auto* from = reinterpret_cast<const int*>(t.entries[h] + j * words);
           whole[h] = _mm256_add_epi32(whole[h],
                                       _mm256_and_si256(_mm256_i32gather_epi32(from, code, 1), _mm256_set1_epi32(255)));
@@ -234,19 +259,21 @@ inline void sum_codes(const Tables<KH>& t, const uint8_t* keys, int64_t bytes, c
           parts[h] += _mm256_i32gather_ps(t.floats[h] + j * words, code, 4);
         }
     }
+    if constexpr (kTable == Table::quads) transpose_quads(parts);
 #pragma GCC unroll 4
-    for (int h = 0; h < KH; ++h) sums[h][i] = kInt8 ? _mm256_cvtepi32_ps(whole[h]) : parts[h];
+    for (int h = 0; h < KH; ++h) sums[h][i] = kTable == Table::bytes ? _mm256_cvtepi32_ps(whole[h]) : parts[h];
   }
 }
 
-template <Codes C, int KH, bool kInt8>
+template <Codes C, int KH, Table kTable>
 [[gnu::noinline]] bool scores(const Score& p, int64_t pair, int64_t head, int64_t key0, int64_t key1, float* out,
                               int64_t stride, bool raw) {
   Tables<KH> t;
   for (int h = 0; h < KH; ++h) {
     const int64_t query = first_query(p, pair) + head + h;
     t.floats[h] = p.lut + query * p.subspaces * p.words;
-    if (!kInt8) continue;
+    if (kTable == Table::quads) t.floats[h] = quads_of(p, query, table_bytes(p));
+    if (kTable != Table::bytes) continue;
     t.entries[h] = p.table + query * table_bytes(p);
     const bool whole = raw && p.scale[2 * query] == p.scale[2 * query];
     t.step[h] = splat(whole ? 1 : p.scale[2 * query]);
@@ -267,7 +294,7 @@ template <Codes C, int KH, bool kInt8>
     }
     V sums[KH][4];
     if constexpr (C != Codes::i16) to_planes(from, bytes, planes.get());
-    if constexpr (C == Codes::packed4 && kInt8) {
+    if constexpr (C == Codes::packed4 && kTable == Table::bytes) {
       if (p.words < 16) {
         const __m256i half = _mm256_set1_epi8(15), last = _mm256_set1_epi8(static_cast<char>(p.words - 1));
         for (int64_t i = 0; i < bytes * kRun; i += 32) {
@@ -278,14 +305,14 @@ template <Codes C, int KH, bool kInt8>
       }
       sum_packed<KH>(t, planes.get(), bytes, sums);
     } else {
-      sum_codes<C, KH, kInt8>(t, from, bytes, planes.get(), p.subspaces, p.words, sums, wrong);
+      sum_codes<C, KH, kTable>(t, from, bytes, planes.get(), p.subspaces, p.words, sums, wrong);
     }
 #pragma GCC unroll 4
     for (int h = 0; h < KH; ++h)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         V v = sums[h][i];
-        if constexpr (kInt8) {
+        if constexpr (kTable == Table::bytes) {
           V product = v * t.step[h];
           asm("" : "+x"(product));  // rounded: no sum of both in one
           v = product + t.base[h];
@@ -305,8 +332,15 @@ inline bool scores_of(const Score& p, int64_t pair, int64_t head, int64_t heads,
   return with_codes(p.codes, [&](auto codes) {
     bool right = false;
     with_count<4>(heads, [&](auto kh) {
-      right = p.int8_table ? scores<codes(), kh(), true>(p, pair, head, key0, key1, out, stride, raw)
-                           : scores<codes(), kh(), false>(p, pair, head, key0, key1, out, stride, raw);
+      const auto run = [&](auto table) {
+        right = scores<codes(), kh(), table()>(p, pair, head, key0, key1, out, stride, raw);
+      };
+      if constexpr (codes() != Codes::packed4 && kh() == 4)
+        if (p.table && !p.int8_table) return run(std::integral_constant<Table, Table::quads>());
+      if (p.int8_table)
+        run(std::integral_constant<Table, Table::bytes>());
+      else
+        run(std::integral_constant<Table, Table::floats>());
     });
     return right;
   });
@@ -321,6 +355,7 @@ namespace effk::vq {
 namespace {
 
 void table(const Score& p, int64_t query0, int64_t query1) {
+  if (!p.int8_table) return write_quads(p, query0, query1);
   for (int64_t i = query0; i < query1; ++i)
     quantize(p.lut + i * p.subspaces * p.words, p.subspaces, p.words, p.table + i * table_bytes(p),
              p.codes == Codes::packed4 ? 16 : p.words, p.scale + 2 * i);

@@ -80,6 +80,27 @@ inline void nearer(V x, Numbers at, V& best, Numbers& code) {
   best = _mm512_mask_mov_ps(best, less, x);
   code = _mm512_mask_mov_epi32(code, less, at);
 }
+// Quads are four neighbours of a vector.
+inline void transpose_quads(V (&v)[4]) {
+  const V ab = _mm512_unpacklo_ps(v[0], v[1]), AB = _mm512_unpackhi_ps(v[0], v[1]);
+  const V cd = _mm512_unpacklo_ps(v[2], v[3]), CD = _mm512_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm512_shuffle_ps(ab, cd, 0x44);
+  v[1] = _mm512_shuffle_ps(ab, cd, 0xee);
+  v[2] = _mm512_shuffle_ps(AB, CD, 0x44);
+  v[3] = _mm512_shuffle_ps(AB, CD, 0xee);
+}
+inline V load_quads(const float* p, const int32_t* at) {
+  V v = _mm512_castps128_ps512(_mm_load_ps(p + at[0]));
+  v = _mm512_insertf32x4(v, _mm_load_ps(p + at[4]), 1);
+  v = _mm512_insertf32x4(v, _mm_load_ps(p + at[8]), 2);
+  return _mm512_insertf32x4(v, _mm_load_ps(p + at[12]), 3);
+}
+inline void store_quads(float* p, V v) {
+  _mm_store_ps(p, _mm512_castps512_ps128(v));
+  _mm_store_ps(p + 16, _mm512_extractf32x4_ps(v, 1));
+  _mm_store_ps(p + 32, _mm512_extractf32x4_ps(v, 2));
+  _mm_store_ps(p + 48, _mm512_extractf32x4_ps(v, 3));
+}
 // To the nearest of 0 to 255, ties to even.
 inline void store_bytes(uint8_t* p, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -133,11 +154,12 @@ inline void load_columns(const uint8_t* keys, int64_t bytes, int64_t column, __m
   }
 }
 
-// --- Tables of 8 bits -----------------------------------------------------------------------------------------------
+// --- Tables ---------------------------------------------------------------------------------------------------------
 
-// Of packed codes: of each column 64 entries for the low halves of its bytes, 64 for the high ones. Of codes of 8 bits
-// 256 entries each. Else as they come, and room for a read of four entries at the last.
+// Of 8 bits. Of packed codes: of each column 64 entries for the low halves of its bytes, 64 for the high ones. Of codes
+// of 8 bits 256 entries each. Else as they come, and room for a read of four entries at the last.
 inline int64_t table_bytes(const Score& p) {
+  if (!p.int8_table) return quad_bytes(p);
   switch (p.codes) {
     case Codes::packed4: return columns_of(p.subspaces / 2) * 128;
     case Codes::u8: return p.subspaces * 256;
@@ -148,21 +170,22 @@ inline int64_t table_bytes(const Score& p) {
 
 // --- Scores ---------------------------------------------------------------------------------------------------------
 
-template <bool kInt8>
+template <Table kTable>
 struct SumOf {
   using type = V;
 };
 template <>
-struct SumOf<true> {
+struct SumOf<Table::bytes> {
   using type = Numbers;
 };
 
-// Sums of the table entries of 16 keys, for KH heads. `wrong` gathers lanes whose codes are out of range.
-template <Codes C, int KB, int KH, bool kInt8>
+// Sums of the table entries of 16 keys, for KH heads; of quads as transpose_quads() turns them. `wrong` gathers lanes
+// whose codes are out of range.
+template <Codes C, int KB, int KH, Table kTable>
 struct Sums {
-  using Sum = typename SumOf<kInt8>::type;
+  using Sum = typename SumOf<kTable>::type;
   int64_t bytes, subspaces, words;
-  const float* floats[KH];
+  const float* floats[KH];  // of quads the first alone
   const uint8_t* entries[KH];
 
   inline void add(const uint8_t* keys, Sum (&sums)[KH], __mmask16& wrong) const {
@@ -174,7 +197,7 @@ struct Sums {
       load_columns<KB>(keys, bytes, column, codes);
 #pragma GCC unroll 4
       for (int i = 0; i < kSome; ++i) {
-        if constexpr (C == Codes::packed4 && kInt8)
+        if constexpr (C == Codes::packed4 && kTable == Table::bytes)
           add_packed(codes[i], column + i, sums);
         else
           add_column(codes[i], column + i, sums, wrong);
@@ -214,9 +237,16 @@ struct Sums {
         if (kBits + shift < 32) code = _mm512_and_si512(code, _mm512_set1_epi32((1 << kBits) - 1));
         wrong |= _mm512_cmpgt_epi32_mask(code, last);
         code = _mm512_min_epi32(code, last);
+        if constexpr (kTable == Table::quads) {
+          int32_t at[16];
+          store_numbers(at, _mm512_slli_epi32(code, 2));
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) sums[i] += load_quads(floats[0] + 4 * j * words, at + i);
+          continue;
+        }
 #pragma GCC unroll 4
         for (int h = 0; h < KH; ++h)
-          if constexpr (kInt8)
+          if constexpr (kTable == Table::bytes)
             sums[h] = _mm512_add_epi32(
                 sums[h],
                 _mm512_and_si512(_mm512_i32gather_epi32(code, reinterpret_cast<const int*>(entries[h] + j * words), 1),
@@ -254,29 +284,31 @@ inline V scaled(__m512i sums, V step, V base) {
   return product + base;
 }
 
-template <Codes C, int KB, int KH, bool kInt8>
+template <Codes C, int KB, int KH, Table kTable>
 [[gnu::noinline]] bool scores(const Score& p, int64_t pair, int64_t head, int64_t key0, int64_t key1, float* out,
                               int64_t stride, bool raw) {
-  Sums<C, KB, KH, kInt8> sums{code_bytes(C, p.subspaces), p.subspaces, p.words, {}, {}};
+  Sums<C, KB, KH, kTable> sums{code_bytes(C, p.subspaces), p.subspaces, p.words, {}, {}};
   V step[KH], base[KH];
 #pragma GCC unroll 4
   for (int h = 0; h < KH; ++h) {
     const int64_t query = first_query(p, pair) + head + h;
     sums.floats[h] = p.lut + query * p.subspaces * p.words;
-    if constexpr (kInt8) sums.entries[h] = table_of(p, pair, head + h, raw, step[h], base[h]);
+    if constexpr (kTable == Table::quads) sums.floats[h] = quads_of(p, query, table_bytes(p));
+    if constexpr (kTable == Table::bytes) sums.entries[h] = table_of(p, pair, head + h, raw, step[h], base[h]);
   }
   const int64_t bytes = KB ? KB : sums.bytes;
   const auto* keys = reinterpret_cast<const uint8_t*>(codes_of(p, pair)) + key0 * bytes;
   if (C == Codes::packed4 && p.words < 16 && !halves_below(keys, (key1 - key0) * bytes, p.words)) return false;
   __mmask16 wrong = 0;
   const auto block = [&](const uint8_t* from, const auto& keep) {
-    typename SumOf<kInt8>::type s[KH];
+    typename SumOf<kTable>::type s[KH];
 #pragma GCC unroll 4
-    for (int h = 0; h < KH; ++h) s[h] = typename SumOf<kInt8>::type{};
+    for (int h = 0; h < KH; ++h) s[h] = typename SumOf<kTable>::type{};
     sums.add(from, s, wrong);
+    if constexpr (kTable == Table::quads) transpose_quads(s);
 #pragma GCC unroll 4
     for (int h = 0; h < KH; ++h)
-      if constexpr (kInt8)
+      if constexpr (kTable == Table::bytes)
         keep(h, scaled(s[h], step[h], base[h]));
       else
         keep(h, s[h]);
@@ -385,12 +417,17 @@ inline bool scores_of(const Score& p, int64_t pair, int64_t head, int64_t heads,
     const int64_t bytes = code_bytes(codes(), p.subspaces);
     const auto run = [&](auto kb) {
       with_count<4>(heads, [&](auto kh) {
+        const auto by = [&](auto table) {
+          right = scores<codes(), kb(), kh(), table()>(p, pair, head, key0, key1, out, stride, raw);
+        };
+        if constexpr (codes() != Codes::packed4 && kh() == 4)
+          if (p.table && !p.int8_table) return by(std::integral_constant<Table, Table::quads>());
         if (!p.int8_table)
-          right = scores<codes(), kb(), kh(), false>(p, pair, head, key0, key1, out, stride, raw);
+          by(std::integral_constant<Table, Table::floats>());
         else if constexpr (codes() == Codes::u8)
           right = scores_of_bytes<kb(), kh()>(p, pair, head, key0, key1, out, stride, raw);
         else
-          right = scores<codes(), kb(), kh(), true>(p, pair, head, key0, key1, out, stride, raw);
+          by(std::integral_constant<Table, Table::bytes>());
       });
     };
     if constexpr (codes() != Codes::packed4) {
@@ -420,6 +457,7 @@ namespace effk::vq {
 namespace {
 
 void table(const Score& p, int64_t query0, int64_t query1) {
+  if (!p.int8_table) return write_quads(p, query0, query1);
   const int64_t bytes = p.subspaces / 2;
   const Buffer<uint8_t> plain(p.subspaces * 16);
   for (int64_t i = query0; i < query1; ++i) {

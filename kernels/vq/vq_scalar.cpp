@@ -92,7 +92,7 @@ void lut(const Lut& p, int64_t head, int64_t row0, int64_t row1) {
 
 // --- Scores ---------------------------------------------------------------------------------------------------------
 
-int64_t table_bytes(const Score& p) { return (p.subspaces * p.words + 63) / 64 * 64; }
+int64_t table_bytes(const Score& p) { return p.int8_table ? (p.subspaces * p.words + 63) / 64 * 64 : 0; }
 
 void table(const Score& p, int64_t query0, int64_t query1) {
   for (int64_t i = query0; i < query1; ++i)

@@ -278,7 +278,7 @@ struct Scored {
         code(code_bytes(c), codes == Codes::i16 ? 2 : 1, c.guarded),
         args{batch,   heads * group,           group,  keys, subspaces, words, lut.floats(), codes, code.as<void>(), {},
              nullptr, below(c.random, 2) == 0, nullptr},
-        table(args.int8_table ? queries * c.cpu.table_bytes(args) : 0, 64, c.guarded),
+        table(queries * c.cpu.table_bytes(args), 64, c.guarded),
         scale(args.int8_table ? queries * 8 : 0, 64, c.guarded) {
     code.fill(c.random);
     const int64_t element = codes == Codes::i16 ? 2 : 1;
@@ -290,7 +290,7 @@ struct Scored {
     for (int64_t pair = 0; pair < batch * heads; ++pair)
       for (int64_t s = 0; s < lens[pair / heads]; ++s)
         for (int64_t j = 0; j < subspaces; ++j) set_code(codes, key(pair, s), j, below(c.random, words));
-    if (!args.int8_table) return;
+    if (!c.cpu.table_bytes(args)) return;
     table.fill(c.random);
     args.table = table.as<uint8_t>();
     args.scale = scale.as<float>();

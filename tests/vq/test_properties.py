@@ -440,6 +440,8 @@ def test_scores_of_many(backend: Backend, table: str) -> None:
         Table(8, 256, 2500, table=table, seed=2),
         Table(17, 200, 2500, table=table, seed=2),
         Table(1, 4096, 5000, group=4, table=table),
+        Table(1, 300, 1999, group=5, ragged=True, table=table),  # enough keys for tables of four heads side by side
+        Table(3, 21, 700, group=8, table=table),
         Table(2, 32768, 300, table=table),
     ):
         if table == "int8":
