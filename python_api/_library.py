@@ -11,17 +11,19 @@ from pathlib import Path
 
 import torch
 
+from . import _nvrtc
+
 log = logging.getLogger("effk")
 
 CPU_LEVELS = ("scalar", "avx2", "avx512")
-FOLDER = Path(__file__).parent / "lib"
 
 
 class Library:
     """A compiled library: its path, and why it isn't there if it isn't."""
 
-    def __init__(self, name: str):
-        self.path = FOLDER / f"lib{name}.so"
+    def __init__(self, pattern: str):
+        folder = Path(__file__).parent
+        self.path = next(folder.glob(pattern), folder / pattern)
         self.missing = ""
         self._handle: ctypes.CDLL | None = None
 
@@ -49,8 +51,8 @@ class Library:
         return str(self.path) if self.loaded else f"missing: {self.missing}"
 
 
-cpu = Library("effk_cpu")
-cuda = Library("effk_cuda")
+cpu = Library("lib/libeffk_cpu.so")
+cuda = Library("lib/libeffk_cuda.so")
 
 
 def load() -> None:
@@ -61,6 +63,8 @@ def load() -> None:
         cuda.missing = "needs the CPU library"
         return
     cuda.load()
+    if cuda.loaded:
+        _nvrtc.offer(cuda.handle)
     for function in ("effk_cpu_level", "effk_supported_cpu_level"):
         getattr(cpu.handle, function).restype = ctypes.c_char_p
         getattr(cpu.handle, function).argtypes = [ctypes.c_char_p]

@@ -216,15 +216,37 @@ using Error = const char*;
 
 inline Error error_of(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
 
+// Whether the library has no code of the kernel for the GPU, or only PTX that the driver can't compile.
+inline bool has_no_code(const void* kernel) {
+  cudaFuncAttributes attributes;
+  const cudaError_t e = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();  // forgets it
+  return e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction ||
+         e == cudaErrorUnsupportedPtxVersion || e == cudaErrorJitCompilerNotFound ||
+         e == cudaErrorJitCompilationDisabled;
+}
+
+// Launches the kernel as NVRTC compiles it for the GPU: csrc/common/nvrtc.cu. args are pointers to the arguments.
+Error launch_compiled(const void* kernel, dim3 grid, int threads, int shared_bytes, Stream stream, void** args);
+extern bool always_compiled;  // even if the library has the code
+
 template <class... Params, class... Args>
 Error launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Stream stream, const Args&... args) {
   constexpr int kAlwaysAllowed = 32 << 10;  // of 48 KiB, since a kernel's static variables count too
-  if (shared_bytes > kAlwaysAllowed) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (e != cudaSuccess) return error_of(e);
+  const auto code = reinterpret_cast<const void*>(kernel);
+  if (!always_compiled) {
+    cudaError_t e = cudaSuccess;
+    if (shared_bytes > kAlwaysAllowed)
+      e = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (e == cudaSuccess) kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+    e = cudaGetLastError();  // of either
+    if (e == cudaSuccess || !has_no_code(code)) return error_of(e);
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(args...);
-  return error_of(cudaGetLastError());
+  const auto launch_with = [&](Params... params) {  // of the kernel's own types
+    void* pointers[] = {&params...};
+    return launch_compiled(code, grid, threads, shared_bytes, stream, pointers);
+  };
+  return launch_with(args...);
 }
 
 inline Error zero(void* p, size_t bytes, Stream stream) { return error_of(cudaMemsetAsync(p, 0, bytes, stream)); }

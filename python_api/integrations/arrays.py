@@ -126,7 +126,7 @@ def _dtype(op: Op, name: str, dtype: Any) -> torch.dtype | None:
 def _stream_of(array: Any) -> Iterator[None]:
     """Runs on the stream of the arrays' library, or waits: their memory may be used again when the call is over."""
     on_gpu = not isinstance(array, (Tensor, np.ndarray)) and array.__dlpack_device__()[0] == 2
-    stream = nullcontext()
+    stream: Any = nullcontext()
     if on_gpu and _library(array) == "cupy":
         current = importlib.import_module("cupy").cuda.get_current_stream()
         stream = torch.cuda.stream(torch.cuda.ExternalStream(current.ptr, current.device_id))

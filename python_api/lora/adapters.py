@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them, adapter_config.json beside adapter_model.safetensors, read without PEFT.
+"""Adapters as PEFT saves them, adapter_config.json beside adapter_model.safetensors, read without PEFT; or out of it.
 
 Both files are untrusted: tensors come from safetensors alone, the configuration is checked, and whatever would need
 more than a factor A, a factor B and a scaling is refused by name rather than left out.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -105,6 +105,40 @@ class Adapter:
         layers = _read_layers(folder / "adapter_model.safetensors")
         return cls(layers, {path: _scaling(config, path, a.shape[0]) for path, (a, _) in layers.items()})
 
+    @classmethod
+    def from_peft(cls, model: Any, name: str = "default") -> Adapter:
+        """Takes an adapter out of a PeftModel in memory, for an `AdapterBank` on the model that it wraps.
+
+        What is supported is as in `from_folder`. Scalings are those that are set now, and factors the PeftModel's own.
+
+        Args:
+            model: a PeftModel, which stays as it is. `model.unload()` then gives the model without PEFT's layers.
+            name: of the adapter.
+
+        Raises:
+            TypeError: it isn't a PeftModel.
+            ValueError: there is no such adapter, adapters are merged into the weights, or this one needs something
+                else than a factor A, a factor B and a scaling for linear layers.
+        """
+        if not hasattr(model, "get_base_model") or not isinstance(getattr(model, "peft_config", None), Mapping):
+            raise TypeError(f"the model is a {type(model).__name__}; wanted a PeftModel")
+        if name not in model.peft_config:
+            raise ValueError(f"there is no adapter {name!r}; there are {', '.join(model.peft_config)}")
+        _checked(model.peft_config[name].to_dict())
+        found = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+        for path, module in found.items():
+            if module.merged:
+                raise ValueError(f"layer {path} has adapters merged into its weight: call unmerge_adapter() first")
+            if name in module.lora_embedding_A:
+                raise ValueError(f"layer {path} has an adapter of an embedding, which is not supported")
+            if name in module.lora_A and (type(module.lora_A[name]) is not nn.Linear or name in module.lora_variant):
+                raise ValueError(f"layer {path} has a kind of LoRA other than a factor A and a factor B")
+        layers = {path: m for path, m in found.items() if name in m.lora_A}
+        return cls(
+            {path: (m.lora_A[name].weight.detach(), m.lora_B[name].weight.detach()) for path, m in layers.items()},
+            {path: m.scaling[name] for path, m in layers.items()},
+        )
+
 
 # ---- the configuration
 
@@ -141,6 +175,11 @@ def _read_config(file: Path) -> _Config:
         raise ValueError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file.name} holds a {type(found).__name__}; wanted an object")
+    return _checked(found)
+
+
+def _checked(found: dict[str, Any]) -> _Config:
+    """What adapter_config.json holds, as far as it is supported."""
     if found.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {_short(found.get('peft_type'))}; only 'LORA' is supported")
     if found.get("bias", "none") != "none":

@@ -75,7 +75,8 @@ class SparseLinear(PackedModule):
         self.register_buffer("values", torch.zeros(reference.VALUE_PAD, dtype=dtype, device=device))
         self.register_buffer("bitmap", torch.zeros(strips, sub_cols, 2, dtype=torch.int64, device=device))
         self.register_buffer("offsets", torch.zeros(strips * tiles + 1, dtype=torch.int64, device=device))
-        self.register_buffer("scale", torch.ones(out_features, device=device) if quantized else None)
+        scale = torch.ones(out_features, dtype=torch.float32, device=device) if quantized else None
+        self.register_buffer("scale", scale)
         bias_dtype = None if quantized else dtype
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=bias_dtype, device=device)) if bias else None
 
