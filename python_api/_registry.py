@@ -23,6 +23,7 @@ from . import _library
 
 log = logging.getLogger("effk")
 
+NAMESPACE = torch.ops.effk.name  # tests/packaging/hf_kernels.py puts the whole package into another one
 DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -77,18 +78,18 @@ OPS: dict[str, Op] = {}
 # Back ends that something outside the package adds (the CUDA emulation of the tests): name -> op -> callable.
 EXTRA_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {}
 
-_library_impl = torch.library.Library("effk", "IMPL")
+_library_impl = torch.library.Library(NAMESPACE, "IMPL")
 
 SCHEMAS = Path(__file__).parent / "schemas.txt"  # as the C++ libraries define them, for platforms that have none
 if not _library.cpu.loaded:
-    _definitions = torch.library.Library("effk", "FRAGMENT")
+    _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema in SCHEMAS.read_text().splitlines():
         _definitions.define(schema)
 
 
 def schemas() -> str:
     """What SCHEMAS should be."""
-    return "".join(f"{op.overload._schema}".removeprefix("effk::") + "\n" for op in OPS.values())
+    return "".join(f"{op.overload._schema}".removeprefix(f"{NAMESPACE}::") + "\n" for op in OPS.values())
 
 
 def op(**parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -104,7 +105,7 @@ def op(**parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _register(op: Op) -> None:
-    qualified = f"effk::{op.name}"
+    qualified = f"{NAMESPACE}::{op.name}"
     torch.library.register_fake(qualified, op.fake)
     if op.backward is not None:
         torch.library.register_autograd(qualified, op.backward, setup_context=op.setup_context)

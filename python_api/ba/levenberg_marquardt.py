@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._checks import check_tensor
 from . import reference
-from .multifrontal import Graph, SparseCholesky, dissect, flops
 from .reference import check_damping, check_indices, check_loss, check_problem, check_step, parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from .multifrontal import SparseCholesky
 
 MIN_RELATIVE_DECREASE = 1e-3  # of an accepted step: true change over foretold change
 MAX_RADIUS, MIN_RADIUS = 1e16, 1e-32
@@ -275,6 +275,10 @@ class SparseSchur(Solver):
 
         Parameters that cameras share are the last part, which all others reach.
         """
+        import numpy as np  # here, so that ops are there without it
+
+        from .multifrontal import Graph, dissect, flops
+
         free, pairs = self.free.cpu().numpy(), self.pairs.cpu().numpy()
         of_free = np.zeros(self.numbers.shape[0], np.int64)
         of_free[free] = np.arange(free.size)
@@ -300,6 +304,8 @@ class SparseSchur(Solver):
 
     @cached_property
     def cholesky(self) -> SparseCholesky:
+        from .multifrontal import SparseCholesky
+
         e = self.entries
         return SparseCholesky(e.source.int(), e.rows, e.columns, self.plan[0], self.size)
 
