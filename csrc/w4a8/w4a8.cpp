@@ -118,7 +118,8 @@ Tensor linear(const Tensor& x, const Tensor& q4, const Tensor& scale4, const Ten
   Linear& args = call.args;
   Quantize& quantize = call.x.args;
   const int64_t cols = quantize.cols, tokens = args.tokens, groups = args.w.shape.groups();
-  const int64_t stride = padded(cols);
+  // An odd number of cache lines: a tile's tokens shouldn't all want the same few places in the cache.
+  const int64_t stride = ((cols + 63) / 64 | 1) * 64;
   // Not tensors: at one token, making them costs as much as a tenth of the product.
   const Buffer<int8_t> q(tokens * stride);
   const Buffer<float> scale(tokens * groups);

@@ -26,8 +26,9 @@ CpuLevel detect() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return CpuLevel::scalar;
   const bool bmi1 = b >> 3 & 1, avx2 = b >> 5 & 1, bmi2 = b >> 8 & 1;
   if (!bmi1 || !avx2 || !bmi2) return CpuLevel::scalar;
-  const unsigned ebx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;           // F, DQ, BW, VL
-  const unsigned ecx512 = 1u << 1 | 1u << 6 | 1u << 11 | 1u << 12 | 1u << 14;  // VBMI, VBMI2, VNNI, BITALG, VPOPCNTDQ
+  const unsigned ebx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  // VBMI, VBMI2, GFNI, VNNI, BITALG, VPOPCNTDQ
+  const unsigned ecx512 = 1u << 1 | 1u << 6 | 1u << 8 | 1u << 11 | 1u << 12 | 1u << 14;
   if ((xcr0 & 0xe6) != 0xe6 || (b & ebx512) != ebx512 || (c & ecx512) != ecx512) return CpuLevel::avx2;
   return CpuLevel::avx512;
 #else

@@ -7,7 +7,7 @@ enum class CpuLevel : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 // The best level that this machine and its operating system support.
 //   avx2:   AVX2, FMA, F16C, BMI1, BMI2, POPCNT
-//   avx512: avx2 and AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, VPOPCNTDQ, BITALG (Ice Lake, Zen 4 and later)
+//   avx512: avx2 and AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI, VPOPCNTDQ, BITALG, and GFNI (Ice Lake, Zen 4 and later)
 CpuLevel supported_cpu_level();
 
 // Whether it has level avx512 and AVX512_BF16 (Zen 4, Sapphire Rapids and later), which the kernels of some families

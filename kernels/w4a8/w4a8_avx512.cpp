@@ -38,8 +38,10 @@ struct Four {
         zero(w.zero4 + group_at(w.shape, block * kBlock, 0)) {}
   template <int kPhase>
   __m512i weights(int64_t step) const {
-    const __m512i mask = _mm512_set1_epi8(15), bytes = load(q + step * 64);
-    return _mm512_and_si512(kPhase == 0 ? bytes : _mm512_srli_epi16(bytes, 4), mask);
+    const __m512i bytes = load(q + step * 64);
+    if constexpr (kPhase == 0) return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+    // A shift of each byte by 4, as a product of bits: one instruction of those that the sums wait for, not two.
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x1020408000000000), 0);
   }
   // As 16 bits, the upper ones 0.
   __m512i minus_zero(int64_t group) const {
@@ -89,7 +91,7 @@ struct EightRest : Eight {
 template <class W, int NB, int MT>
 inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x, int64_t stride, int64_t step0,
                                                      int64_t step1, __m512i (&acc)[MT][NB]) {
-  constexpr int64_t kAhead = 1024;
+  constexpr int64_t kAhead = 4096 / NB;
   // Where there are few sums, each phase has its own, or they would wait for themselves.
   constexpr int kSets = W::kPhases == 2 && MT * NB <= 8 ? 2 : 1;
   constexpr int OT = kSets == 2 ? MT : 1, OB = kSets == 2 ? NB : 1;
@@ -116,8 +118,11 @@ inline __attribute__((always_inline)) void add_group(const W* w, const int8_t* x
 #pragma GCC unroll 8
         for (int b = 0; b < NB; ++b) weights[b] = w[b].template weights<p.value>(same);
 #pragma GCC unroll 16
-        for (int t = 0; t < MT; ++t) {
-          const __m512i xs = broadcast(at + t * stride);
+        for (int t = 0; t < MT; ++t, at += stride) {
+          // One pointer after the other: all at once, the compiler would keep some in vectors, and moving them from
+          // there takes the place of products.
+          asm volatile("" : "+r"(at));
+          const __m512i xs = broadcast(at);
 #pragma GCC unroll 8
           for (int b = 0; b < NB; ++b)
             multiply_add(p.value % kSets ? other[t % OT][b % OB] : acc[t][b], weights[b], xs);
@@ -141,6 +146,7 @@ inline __attribute__((always_inline)) void for_groups(const Linear& a, const W* 
                                                       const F& end) {
   const Shape& s = a.w.shape;
   const int8_t* x = a.q + t * a.q_stride;
+  const int64_t groups = s.groups();  // not in the loop: it is a division
   const int64_t steps = s.group / W::kStep, last = (s.cols + W::kStep - 1) / W::kStep;
   for (int64_t g = g0; g < g1; ++g) {
     // Sums begin at -zero * (sum of x): exact products of pairs of 16 bits, where the second of -zero is 0. In the
@@ -150,7 +156,7 @@ inline __attribute__((always_inline)) void for_groups(const Linear& a, const W* 
     for (int b = 0; b < NB; ++b) minus_zero[b] = w[b].minus_zero(g);
 #pragma GCC unroll 16
     for (int i = 0; i < MT; ++i) {
-      const __m512i sum = _mm512_set1_epi32(a.sums[(t + i) * s.groups() + g]);
+      const __m512i sum = _mm512_set1_epi32(a.sums[(t + i) * groups + g]);
 #pragma GCC unroll 8
       for (int b = 0; b < NB; ++b) {
         acc[i][b] = _mm512_setzero_si512();
@@ -233,20 +239,16 @@ class Places {
   __mmask32 near_;  // the columns, from the first on, that the block fills; 0 where they are too far apart
 };
 
-constexpr int kTileBlocks = 4, kTileTokens = 6;  // whose sums fit in registers
-constexpr int64_t kMostTokens = 96;              // whose activations stay in the second cache, with
-constexpr int64_t kPanelBytes = 256 << 10;       // as many bytes of weights
+// Blocks and tokens whose sums fit in registers. Few tokens want many blocks, or sums would wait for themselves; many
+// want few, whose nibbles are then taken apart once for more products.
+template <int NB>
+constexpr int kTileTokens = NB == 2 ? 12 : 6;
+constexpr int64_t kMostTokens = 144;        // whose activations stay in the second cache, with
+constexpr int64_t kPanelBytes = 256 << 10;  // as many bytes of weights
 
 template <class W, int NB, class... Args>
 void multiply_tokens(int64_t tokens, const Args&... args) {
-  switch (tokens) {
-    case 1: return multiply<W, NB, 1>(args...);
-    case 2: return multiply<W, NB, 2>(args...);
-    case 3: return multiply<W, NB, 3>(args...);
-    case 4: return multiply<W, NB, 4>(args...);
-    case 5: return multiply<W, NB, 5>(args...);
-    case 6: return multiply<W, NB, 6>(args...);
-  }
+  with_count<kTileTokens<NB>>(tokens, [&](auto n) { multiply<W, NB, n()>(args...); });
 }
 
 // NB blocks, from `block` of their width on, for all tokens.
@@ -260,11 +262,12 @@ void linear_panel(const Linear& a, int64_t block) {
     w[b] = W(a.w, block + b);
     places[b] = Places(a.w, block_at(s, W::kIs8 ? s.blocks4() + block + b : block + b));
   }
+  constexpr int64_t kTokens = kTileTokens<NB>;
   const int64_t groups = s.groups(), per_group = NB * 64 * (s.group / W::kStep);
   const int64_t range = per_group * groups <= kPanelBytes ? groups : kPanelBytes / per_group;
   for (int64_t t0 = 0; t0 < a.tokens; t0 += kMostTokens) {
     const int64_t tokens = a.tokens - t0 < kMostTokens ? a.tokens - t0 : kMostTokens;
-    const int64_t parts = (tokens + kTileTokens - 1) / kTileTokens;  // as even as can be
+    const int64_t parts = (tokens + kTokens - 1) / kTokens;  // as even as can be
     std::memset(sums, 0, tokens * NB * kBlock * sizeof(float));
     for (int64_t g = 0; g < groups; g += range) {
       const int64_t end = g + range < groups ? g + range : groups;
@@ -284,8 +287,11 @@ void linear_panel(const Linear& a, int64_t block) {
 // Blocks [begin, end) of one width.
 template <class W, class Y>
 void linear_blocks(const Linear& a, int64_t begin, int64_t end) {
-  if constexpr (!std::is_same_v<W, EightRest>)
-    for (; begin + kTileBlocks <= end; begin += kTileBlocks) linear_panel<W, kTileBlocks, Y>(a, begin);
+  if constexpr (!std::is_same_v<W, EightRest>) {
+    if (a.tokens > kTileTokens<4>)
+      for (; begin + 2 <= end; begin += 2) linear_panel<W, 2, Y>(a, begin);
+    for (; begin + 4 <= end; begin += 4) linear_panel<W, 4, Y>(a, begin);
+  }
   for (; begin < end; ++begin) linear_panel<W, 1, Y>(a, begin);
 }
 
