@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ def arguments(known: dict[str, Family]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m effk.perf", description=__doc__.split("\n\n")[0])
     parser.add_argument("family", nargs="*", help=f"of {', '.join(known)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a few small problems, under 90 seconds")
+    parser.add_argument("--only", metavar="REGEX", help="problems that it is found in, such as 'vq_score.* codes=1x12'")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU where effk can use one")
     parser.add_argument("--threads", type=int, help="of the CPU; by default torch's number")
     parser.add_argument("--peers", default="all", help="names, comma-separated, or all (default) or none")
@@ -70,7 +72,7 @@ def command(args: argparse.Namespace) -> str:
     """What measures this again, without what tells where it is written."""
     set_here = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if name in os.environ]
     set_here += ["EFFK_BAL=FOLDER"] if os.environ.get("EFFK_BAL") else []
-    said = {"--quick": args.quick, "--device": args.device, "--threads": args.threads}
+    said = {"--quick": args.quick, "--only": args.only, "--device": args.device, "--threads": args.threads}
     said |= {"--peers": args.peers if args.peers != "all" else None, "--scenario": args.scenario}
     words = [[name] if value is True else [name, str(value)] for name, value in said.items() if value]
     flags = shlex.join([*args.family, *(word for pair in words for word in pair)])
@@ -169,8 +171,10 @@ def plan(
 ) -> tuple[str, Callable[[], Record]]:
     """The device's name, and what gives the record that the arguments ask for: by reading, or by measuring."""
     if args.source:
-        if args.family or args.quick or args.scenario:
-            parser.error("--from shows what a file has; families, --quick and --scenario choose what to measure")
+        if args.family or args.quick or args.only or args.scenario:
+            parser.error(
+                "--from shows what a file has; families, --quick, --only and --scenario choose what to measure"
+            )
         try:
             read = Record.read(args.source)
         except (OSError, ValueError) as error:
@@ -182,10 +186,17 @@ def plan(
     device = torch.device(args.device or default_device([p for f in families for p in f.problems]))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    families = [
-        replace(f, problems=[p for p in f.problems if p.quick == args.quick and device.type in p.devices])
-        for f in families
-    ]
+    try:
+        only = re.compile(args.only or "")
+    except re.error as error:
+        parser.error(f"--only: {error}")
+
+    def wanted(p: Problem) -> bool:
+        return p.quick == args.quick and device.type in p.devices and only.search(p.name) is not None
+
+    families = [replace(f, problems=[p for p in f.problems if wanted(p)]) for f in families]
+    if args.only and not any(f.problems for f in families):
+        parser.error(f"--only {args.only}: found in no problem")
     peers = peers_wanted(args.peers, [p for f in families for p in f.problems], device, parser)
     if args.scenario and not scenarios.services(families, device, args.quick):
         parser.error(f"--scenario: {', '.join(f.name for f in families)} has none")

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from effk import _library, _registry, backends
 from effk.perf import __main__ as perf
 from effk.perf import lora, lscd, vq, w4a8
-from effk.perf.harness import page, run, scenarios, table
+from effk.perf.harness import overhead, page, run, scenarios, table
 from effk.perf.harness.check import difference
 from effk.perf.harness.machine import Limits
 from effk.perf.harness.problem import Derived, Family, Goal, Peer, Problem, Work, families
@@ -599,6 +600,9 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ["--base", ""],
         ["--base", "HEAD", "--scenario", "all"],
         ["--quick", "--from", "x"],
+        ["--only", "lscd", "--from", "x"],
+        ["--only", "("],
+        ["--only", "none_such"],
     ):
         with pytest.raises(SystemExit) as raised:
             run_main(monkeypatch, [unpack_problem([peer("a")])], *args)
@@ -716,3 +720,20 @@ def test_int8_operations_are_counted() -> None:
     has_vnni = "avx512" in _library.supported_cpu_levels()
     # Of each round's 16 instructions, every one multiplies and adds 64 pairs of bytes.
     assert operations(1000) == (1000 * 16 * 64 * 2 if has_vnni else 0)
+
+
+def test_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every call is one of nothing, and they all are told."""
+    monkeypatch.setattr(overhead, "CALLS", 1)
+    monkeypatch.setattr(overhead, "REPEATS", 2)
+    monkeypatch.setattr(overhead, "import_seconds", lambda: 0.1)
+    overhead.main()
+    out = capsys.readouterr().out
+    calls = overhead.empty_calls()
+    assert {_registry.find(op).family for op in calls} == {op.family for op in _registry.OPS.values()}
+    assert all(re.search(rf"\b{op} +\d", out) for op in ("torch.add", *calls)) and "100 ms" in out
+
+
+def test_import_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "IMPORTS", 1)
+    assert 0 < overhead.import_seconds() < 60
