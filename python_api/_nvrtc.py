@@ -6,11 +6,14 @@ is imported only when a kernel is wanted.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
+import functools
 import hashlib
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,11 @@ OPTIONS = (f"-I{SOURCES}", "-std=c++20", "-default-device", "-diag-suppress=2004
 INSTALL = "pip install cupy-cuda13x nvidia-cuda-nvrtc"
 
 loaded: dict[tuple[str, int], Any] = {}  # by name and device; kept as long as the library, which has them too
+refused: dict[tuple[str, int], str] = {}  # what NVRTC said of those that it can't compile
+
+
+class CompileError(RuntimeError):
+    """What NVRTC says."""
 
 
 def demangle(name: str) -> str:
@@ -66,7 +74,7 @@ def compile_kernel(name: str, arch: str) -> bytes:
 
     Raises:
         ImportError: without CuPy.
-        RuntimeError: with what NVRTC says.
+        CompileError: NVRTC refuses it.
     """
     # Not cupy.RawModule(code=...): it flushes subnormals, which the library doesn't, and it would go on using its
     # cached result when these headers change.
@@ -81,13 +89,16 @@ def compile_kernel(name: str, arch: str) -> bytes:
         nvrtc.compileProgram(program, (*OPTIONS, f"-arch=sm_{arch}"))
         return nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"for sm_{arch}: {nvrtc.getProgramLog(program).strip() or error}") from None
+        raise CompileError(f"for sm_{arch}: {nvrtc.getProgramLog(program).strip() or error}") from None
     finally:
         nvrtc.destroyProgram(program)
 
 
 def cached_kernel(name: str, arch: str) -> Path:
-    """A file with the kernel's cubin, in CuPy's folder (`CUPY_CACHE_DIR`); compiled if it isn't there."""
+    """A file with the kernel's cubin, in CuPy's folder (`CUPY_CACHE_DIR`); compiled if it isn't there.
+
+    It is one of this process alone if it can't be there.
+    """
     from cupy.cuda import nvrtc
 
     kernel = expression(name)
@@ -96,13 +107,31 @@ def cached_kernel(name: str, arch: str) -> Path:
     key = hashlib.sha256(repr((kernel, arch, nvrtc.getVersion(), OPTIONS[1:], source(kernel), texts)).encode())
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
     path = folder / f"effk-{key.hexdigest()}.cubin"
-    if not path.exists():
+    if not os.access(path, os.R_OK):
         cubin = compile_kernel(name, arch)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:  # whole, or not there
-            file.write(cubin)
-        os.replace(file.name, path)
+        try:
+            _write(path, cubin)
+        except OSError:
+            path = Path(_own_folder().name) / path.name
+            _write(path, cubin)
     return path
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The file is whole, or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def symbols(cubin: bytes) -> dict[str, str]:
@@ -115,23 +144,41 @@ def load_kernel(name: str, device: int) -> int:
     """The kernel's CUfunction, which may be launched with all the shared memory that a block may have."""
     import cupy
 
-    with cupy.cuda.Device(device) as gpu:
+    def load() -> Any:
         path = cached_kernel(name, gpu.compute_capability)
-        kernel = cupy.RawModule(path=str(path)).get_function(symbols(path.read_bytes())[demangle(name)])
+        try:
+            return cupy.RawModule(path=str(path)).get_function(symbols(path.read_bytes())[demangle(name)])
+        except (cupy.cuda.driver.CUDADriverError, KeyError):  # damaged: it will be compiled again
+            path.unlink(missing_ok=True)
+            raise
+
+    with cupy.cuda.Device(device) as gpu:
+        try:
+            kernel = load()
+        except (cupy.cuda.driver.CUDADriverError, KeyError):
+            kernel = load()
         most = gpu.attributes["MaxSharedMemoryPerBlockOptin"]
         kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
-        loaded[name, device] = kernel
-        return kernel.kernel.ptr
+        return loaded.setdefault((name, device), kernel).kernel.ptr  # another thread may have been here
 
 
 @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 def loader(name: bytes, device: int, error: int, size: int) -> int | None:
     """What the library calls: a CUfunction, or None and the reason in `size` bytes at `error`."""
-    try:
-        return load_kernel(name.decode(), device)
-    except BaseException as reason:  # nothing can be raised through the library
-        why = f"CuPy wasn't found ({INSTALL})" if isinstance(reason, ImportError) else str(reason) or repr(reason)
-        text = f"{expression(name.decode())} is compiled for GPU {device} at first use, but failed: {why}"
+    key = name.decode(), device
+    try:  # nothing can be raised through the library
+        if key in refused:
+            raise CompileError(refused[key])
+        return load_kernel(*key)
+    except BaseException as reason:
+        why = str(reason) or repr(reason)
+        if isinstance(reason, CompileError):
+            refused[key] = why
+        if isinstance(reason, ImportError):
+            why += f" ({INSTALL})"
+        if isinstance(reason, KeyboardInterrupt):  # once more, when this has come back
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        text = f"{expression(key[0])} is compiled for GPU {device} at first use, but failed: {why}"
         data = text.encode()[: size - 1] + b"\0"
         ctypes.memmove(error, data, len(data))
         return None

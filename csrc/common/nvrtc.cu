@@ -23,14 +23,9 @@ std::map<const void*, const char*>& names() {
   return all;
 }
 
-// A kernel of a device, or why there is none. Kept forever, as errors are pointers to text.
-struct Loaded {
-  CUfunction function;
-  std::string error;
-};
-
-const Loaded& load(const void* kernel, int device) {
-  static std::map<std::pair<const void*, int>, Loaded> all;
+// A kernel of a device, kept forever; or null, and why.
+CUfunction load(const void* kernel, int device, std::string& error) {
+  static std::map<std::pair<const void*, int>, CUfunction> all;
   static std::mutex mutex;
   const std::pair key{kernel, device};
   {
@@ -38,12 +33,13 @@ const Loaded& load(const void* kernel, int device) {
     if (const auto found = all.find(key); found != all.end()) return found->second;
   }
   // Not under the lock: Python has one of its own, and another thread may wait here while it holds that.
-  char error[2048] = "the library has no code for this GPU";
+  char text[2048] = "the library has no code for this GPU";
   const auto name = names().find(kernel);
   CUfunction const function =
-      loader && name != names().end() ? loader(name->second, device, error, sizeof(error)) : nullptr;
+      loader && name != names().end() ? loader(name->second, device, text, sizeof(text)) : nullptr;
+  if (!function) return error = text, nullptr;
   const std::lock_guard lock(mutex);
-  return all.try_emplace(key, Loaded{function, error}).first->second;
+  return all.try_emplace(key, function).first->second;
 }
 
 }  // namespace
@@ -53,8 +49,9 @@ bool always_compiled = false;
 Error launch_compiled(const void* kernel, dim3 grid, int threads, int shared_bytes, Stream stream, void** args) {
   int device = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return error_of(e);
-  const Loaded& loaded = load(kernel, device);
-  if (!loaded.function) return loaded.error.c_str();
+  thread_local std::string error;  // there until the thread's next one
+  CUfunction const function = load(kernel, device, error);
+  if (!function) return error.c_str();
 
   // Of the driver, which isn't linked to: the library also loads where there is none.
   void* launch = nullptr;
@@ -63,8 +60,8 @@ Error launch_compiled(const void* kernel, dim3 grid, int threads, int shared_byt
   if (e != cudaSuccess) return error_of(e);
   if (result != cudaDriverEntryPointSuccess) return "the driver has no cuLaunchKernel";
   const CUresult done = reinterpret_cast<decltype(&cuLaunchKernel)>(launch)(
-      loaded.function, grid.x, grid.y, grid.z, static_cast<unsigned>(threads), 1, 1,
-      static_cast<unsigned>(shared_bytes), stream, args, nullptr);
+      function, grid.x, grid.y, grid.z, static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(shared_bytes),
+      stream, args, nullptr);
   return error_of(static_cast<cudaError_t>(done));  // the same numbers
 }
 
@@ -84,7 +81,7 @@ void __wrap___cudaRegisterFunction(void** code, const char* kernel, char* name, 
 // For bindings. `always` compiles even what the library has code for.
 void effk_set_kernel_loader(effk::gpu::Loader loader, int always) {
   effk::gpu::loader = loader;
-  effk::gpu::always_compiled = always;
+  effk::gpu::always_compiled = always && !effk::gpu::names().empty();
 }
 
 // Gives every kernel's mangled name to a function.

@@ -24,7 +24,8 @@ void check_perm(const char* op, const Packed& w) {
   EFFK_CHECK(std::memchr(seen.get(), 0, n) == nullptr, op, "perm is corrupt: it isn't a permutation of 0 to ", n - 1);
 }
 
-// As kernels want them: 64 bytes between two tokens' beginnings, or a multiple.
+// An odd number of cache lines between two tokens' beginnings: a tile's tokens shouldn't all want the same few places
+// in the cache.
 int64_t padded(int64_t cols) { return ((cols + 63) / 64 | 1) * 64; }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, int64_t group) {
@@ -118,8 +119,7 @@ Tensor linear(const Tensor& x, const Tensor& q4, const Tensor& scale4, const Ten
   Linear& args = call.args;
   Quantize& quantize = call.x.args;
   const int64_t cols = quantize.cols, tokens = args.tokens, groups = args.w.shape.groups();
-  // An odd number of cache lines: a tile's tokens shouldn't all want the same few places in the cache.
-  const int64_t stride = ((cols + 63) / 64 | 1) * 64;
+  const int64_t stride = padded(cols);
   // Not tensors: at one token, making them costs as much as a tenth of the product.
   const Buffer<int8_t> q(tokens * stride);
   const Buffer<float> scale(tokens * groups);

@@ -6,6 +6,7 @@ and the seconds that `import effk` adds to `import torch`, in processes of their
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -49,24 +50,31 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def import_seconds() -> float:
-    runs = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True) for _ in range(IMPORTS)]
+    command = [sys.executable, "-c", IMPORT]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(IMPORTS)]
     return statistics.median(float(run.stdout) for run in runs)
+
+
+def both(call: Callable[[], Any]) -> list[float]:
+    """Seconds with gradients possible, and in inference mode."""
+    usual = seconds(call)
+    with torch.inference_mode():
+        return [usual, seconds(call)]
 
 
 def main() -> None:
     x = torch.empty(0)
-    rows = []
     with torch_threads(1):
-        add = seconds(lambda: torch.ops.aten.add.Tensor(x, x))
-        rows.append([Cell("torch.add"), Cell(duration(add)), Cell("1"), Cell("1")])
+        times = {"torch.add": both(lambda: torch.ops.aten.add.Tensor(x, x))}
         for name, args in empty_calls().items():
-            op = _registry.find(name).overload
-            usual = seconds(lambda op=op, args=args: op(*args))  # type: ignore[misc]
-            with torch.inference_mode():
-                inference = seconds(lambda op=op, args=args: op(*args))  # type: ignore[misc]
-            rows.append([Cell(name), Cell(duration(usual)), *(Cell(three_digits(s / add)) for s in (usual, inference))])
+            times[name] = both(functools.partial(_registry.find(name).overload, *args))
+    add = times["torch.add"]
+    rows = [
+        [Cell(name), *(Cell(text) for s, a in zip(of, add, strict=True) for text in (duration(s), three_digits(s / a)))]
+        for name, of in times.items()
+    ]
     printer = Printer()
-    printer.table(Table("On empty inputs", ["op", "time", "of torch.add", "in inference mode"], rows))
+    printer.table(Table("On empty inputs", ["op", "time", "of torch.add", "in inference mode", "of torch.add"], rows))
     printer.line(f"import effk after import torch: {duration(import_seconds())} (median of {IMPORTS})")
 
 

@@ -126,7 +126,9 @@ def run(a: argparse.Namespace) -> int:
     if a.fix_intrinsics:
         problem.fix_intrinsics()
     if a.fix_principal_point:
-        problem.fix_intrinsics([name for name in ("cx", "cy") if name in INTRINSICS[problem.model]])
+        if "cx" not in INTRINSICS[problem.model]:
+            raise ValueError(f"{a.problem} has no principal point to fix: its cameras are {problem.model!r}")
+        problem.fix_intrinsics(["cx", "cy"])
     problem = problem.to(device)
     both = {
         "linear_solver": a.linear_solver,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._registry import OPS, Op, find
+
+KDL_CUDA = 2  # DLPack's number of the kind of device
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
@@ -39,8 +40,8 @@ def __dir__() -> list[str]:
 
 def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     schema = op.overload._schema.arguments
-    like = next(filter(_is_array, tree_leaves((args, kwargs))), None)
-    if like is None:
+    arrays = [leaf for leaf in tree_leaves((args, kwargs)) if _is_array(leaf)]
+    if not arrays:
         raise TypeError(f"effk::{op.name}: there is no array among the arguments")
     types = {a.name: (str(a.type), a.alias_info is not None and a.alias_info.is_write) for a in schema}
 
@@ -52,13 +53,14 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return [converted(name, one) for one in value]
         return _to_torch(op, name, value, written) if _is_array(value) else value
 
-    with _stream_of(like):
+    with torch.no_grad():
         out = op.overload(
             *(converted(a.name, value) for a, value in zip(schema, args, strict=False)),
             *args[len(schema) :],  # too many: the op says so
             **{name: converted(name, value) for name, value in kwargs.items()},
         )
-    return tree_map_only(Tensor, functools.partial(_from_torch, op, like), out)
+    _let_wait(arrays)
+    return tree_map_only(Tensor, functools.partial(_from_torch, op, arrays[0]), out)
 
 
 def _is_array(value: Any) -> bool:
@@ -82,12 +84,14 @@ def _to_torch(op: Op, name: str, array: Any, written: bool) -> Tensor:
             f"effk::{op.name}: {name} is written to; wanted a writable array of NumPy or CuPy, or a tensor"
         )
     try:
+        if isinstance(array, np.ma.MaskedArray):
+            raise ValueError("a mask would be lost")
         if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
             raise ValueError("a stride is negative")  # of which torch's reader makes an invalid tensor
         if _is_bf16(array):
             return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"effk::{op.name}: {name} can't be shared through DLPack: {error}") from error
 
 
@@ -122,15 +126,14 @@ def _dtype(op: Op, name: str, dtype: Any) -> torch.dtype | None:
     return found
 
 
-@contextmanager
-def _stream_of(array: Any) -> Iterator[None]:
-    """Runs on the stream of the arrays' library, or waits: their memory may be used again when the call is over."""
-    on_gpu = not isinstance(array, (Tensor, np.ndarray)) and array.__dlpack_device__()[0] == 2
-    stream: Any = nullcontext()
-    if on_gpu and _library(array) == "cupy":
-        current = importlib.import_module("cupy").cuda.get_current_stream()
-        stream = torch.cuda.stream(torch.cuda.ExternalStream(current.ptr, current.device_id))
-    with stream:
-        yield
-        if on_gpu and _library(array) != "cupy":
-            torch.cuda.current_stream().synchronize()
+def _let_wait(arrays: list[Any]) -> None:
+    """Their memory may be read, or used again, when the call is over: lets CuPy's stream wait for the op, or waits."""
+    foreign = [a for a in arrays if not isinstance(a, (Tensor, np.ndarray)) and a.__dlpack_device__()[0] == KDL_CUDA]
+    for library, device in {(_library(a), a.__dlpack_device__()[1]) for a in foreign}:
+        ours = torch.cuda.current_stream(device)
+        if library != "cupy":
+            ours.synchronize()
+            continue
+        pointer = importlib.import_module("cupy").cuda.get_current_stream().ptr
+        theirs = torch.cuda.ExternalStream(pointer, device) if pointer else torch.cuda.default_stream(device)
+        theirs.wait_stream(ours)

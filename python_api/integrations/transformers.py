@@ -135,6 +135,7 @@ class EffkConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         method: str = "w4a8",
         *,
         ratio8: float = 0.1,
@@ -204,6 +205,7 @@ class EffkQuantizer(HfQuantizer):
         if self.pre_quantized:
             for path, module in _packed(model).items():
                 _check_loaded(path, module)
+            _check_dense(model)
         else:
             self._pack(model)
         config.packed, config.modules_to_not_convert = True, _dense(model)
@@ -287,8 +289,9 @@ def key_cache(model: PreTrainedModel, **options: Any) -> vq.QuantizedKeyCache:
     folder = getattr(getattr(model.config, "quantization_config", None), "codebooks", None)
     if folder is None:
         raise ValueError("the model's EffkConfig has no codebooks")
+    of = getattr(model.config, "_commit_hash", None)
     layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
-    files = (cached_file(str(model.name_or_path), f"{folder}/layer_{i:03}.safetensors") for i in layers)
+    files = (cached_file(str(model.name_or_path), f"{folder}/layer_{i:03}.safetensors", revision=of) for i in layers)
     return vq.QuantizedKeyCache(model, [vq.Codebook.load(file) for file in files if file is not None], **options)
 
 
@@ -330,6 +333,16 @@ def _names_here(model: PreTrainedModel, files: list[str], method: Method) -> set
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     renamed = {rename_source_key(n, renamings, converters, model.base_model_prefix, there)[0] for n in names}
     return names | renamed
+
+
+def _check_dense(model: PreTrainedModel) -> None:
+    """That no layer of the base model is missing, which transformers would leave random; a head may be new."""
+    inside = {id(module) for module in model.base_model.modules()}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or id(module) not in inside:
+            continue
+        if not getattr(module.weight, "_is_hf_initialized", False):
+            raise ValueError(f"{path} of the checkpoint can't be used: it has neither a packed nor a dense weight")
 
 
 def _check_loaded(path: str, module: PackedModule) -> None:

@@ -139,6 +139,8 @@ class PackedMethod(LinearMethod):
 
     def _keep(self, name: str, parameter: Tensor, tensor: Tensor, shard: int | str | None = None) -> None:
         """What vLLM calls with a tensor of the checkpoint."""
+        if isinstance(shard, str) and shard not in QKV:
+            raise ValueError(f"effk doesn't know the part {shard!r} of a layer")
         part = QKV[shard] if isinstance(shard, str) else shard
         self.tensors.setdefault(part, {})[name] = tensor.cpu().clone()  # its memory may be used again
 

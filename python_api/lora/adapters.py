@@ -125,13 +125,20 @@ class Adapter:
         if name not in model.peft_config:
             raise ValueError(f"there is no adapter {name!r}; there are {', '.join(model.peft_config)}")
         _checked(model.peft_config[name].to_dict())
-        found = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+        found = {
+            path: m
+            for path, m in model.get_base_model().named_modules()
+            if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+        }
         for path, module in found.items():
             if module.merged:
                 raise ValueError(f"layer {path} has adapters merged into its weight: call unmerge_adapter() first")
+            if isinstance(module.get_base_layer(), nn.MultiheadAttention):
+                raise ValueError(f"layer {path} is a MultiheadAttention, whose adapters are not supported")
             if name in module.lora_embedding_A:
                 raise ValueError(f"layer {path} has an adapter of an embedding, which is not supported")
-            if name in module.lora_A and (type(module.lora_A[name]) is not nn.Linear or name in module.lora_variant):
+            variants = getattr(module, "lora_variant", ())
+            if name in module.lora_A and (type(module.lora_A[name]) is not nn.Linear or name in variants):
                 raise ValueError(f"layer {path} has a kind of LoRA other than a factor A and a factor B")
         layers = {path: m for path, m in found.items() if name in m.lora_A}
         return cls(

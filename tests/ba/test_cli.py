@@ -124,6 +124,8 @@ def test_fix_and_share_intrinsics(file: Path, folder: Path, tmp_path: Path, caps
     assert main([str(folder), "-q", "--fix-principal-point", "-o", str(tmp_path / "sparse 2")]) == 0
     before, after = Problem.from_colmap(folder), Problem.from_colmap(tmp_path / "sparse 2")
     assert (before.cameras == after.cameras).all(0).nonzero().flatten().tolist() == [9, 10]
+    capsys.readouterr()
+    assert main([str(file), "-q", "--fix-principal-point"]) == 1 and "no principal point" in capsys.readouterr().err
     # Those of a file differ, which are refused.
     before = Problem.from_bal(file)
     capsys.readouterr()

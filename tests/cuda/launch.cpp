@@ -107,8 +107,8 @@ int main() {
   }
 
   device = 9;
-  const char* const error = launch();
-  check(says(error, "no luck with device 9") && launch() == error && loads == 5, "why there is none, for ever");
+  for (int i = 0; i < 2; ++i) check(says(launch(), "no luck with device 9"), "why there is none");
+  check(loads == 6, "it is asked for again");
 
   std::vector<std::thread> threads;
   for (int i = 0; i < 8; ++i)
@@ -117,6 +117,7 @@ int main() {
       for (int j = 0; j < 100; ++j) check(!launch(), "from several threads");
     });
   for (std::thread& t : threads) t.join();
+  check(loads > 6 && loads <= 6 + 8, "which ask for it once each at most");
 
   device = 11;
   effk_set_kernel_loader(nullptr, 0);

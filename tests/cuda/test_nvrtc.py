@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def copied_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(_nvrtc.SOURCES, folder)
     monkeypatch.setattr(_nvrtc, "SOURCES", folder)
     monkeypatch.setattr(_nvrtc, "OPTIONS", (f"-I{folder}", *_nvrtc.OPTIONS[1:]))
+    monkeypatch.setattr(_nvrtc, "refused", {})
     return folder
 
 
@@ -119,6 +121,26 @@ def test_what_is_wrong_with_a_source_is_told(
     assert told.startswith(_nvrtc.expression(name)) and 'linear.cuh(364): error: identifier "nowhere"' in told
     assert not list(cache.glob("*"))
     assert failure(name, size=20) == told[:19]
+    monkeypatch.setattr(_nvrtc, "load_kernel", lambda name, device: pytest.fail("tried again"))
+    assert failure(name) == told
+
+
+def test_a_folder_that_cannot_be_written_to(names: list[str], cache: Path) -> None:
+    need("cupy")
+    cache.write_text("in the way")
+    found = _nvrtc.cached_kernel(names[0], "86")
+    assert cache not in found.parents and _nvrtc.symbols(found.read_bytes()) and len(list(found.parent.iterdir())) == 1
+
+
+def test_an_interrupt_is_one_of_the_program(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str, device: int) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_nvrtc, "load_kernel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        failure(names[0])
+        time.sleep(5)
+    assert not _nvrtc.refused
 
 
 def test_architecture_that_nvrtc_lacks(names: list[str], cache: Path) -> None:

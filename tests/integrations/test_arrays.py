@@ -81,6 +81,9 @@ def test_tensors_may_stand_among_arrays() -> None:
     packed = torch.ops.effk.lscd_pack(torch.from_numpy(W))
     y = arrays.lscd_linear(np.ones((1, 3), dtype=np.float32), *packed, 2, 3)
     assert isinstance(y, np.ndarray) and y.tolist() == [[-1.0, 0.5]]
+    bias = torch.nn.Parameter(torch.ones(2))
+    y = arrays.lscd_linear(np.ones((1, 3), dtype=np.float32), *packed, 2, 3, bias=bias)
+    assert y.tolist() == [[0.0, 1.5]]
 
 
 def test_strange_arrays_are_refused_by_name() -> None:
@@ -90,6 +93,8 @@ def test_strange_arrays_are_refused_by_name() -> None:
             arrays.lscd_linear(x, *packed, 2, 3)
     with pytest.raises(RuntimeError, match=r"effk::lscd_linear.*x has shape"):
         arrays.lscd_linear(np.ones((1, 4), dtype=np.float32), *packed, 2, 3)
+    with pytest.raises(ValueError, match=r"x can't be shared.*mask"):
+        arrays.lscd_linear(np.ma.masked_equal(np.ones((1, 3), dtype=np.float32), 0), *packed, 2, 3)
     with pytest.raises(TypeError, match="no array"):
         arrays.lscd_pack([[1.0]])
     with pytest.raises(ValueError, match="lscd_pack: dtype is"):
@@ -146,6 +151,7 @@ def test_any_library_that_speaks_dlpack() -> None:
 
 def test_jax() -> None:
     need("jax")
+    import jax
     import jax.numpy as jnp
 
     w, x = jnp.asarray(W, dtype=jnp.bfloat16), jnp.ones((16, 3), dtype=jnp.bfloat16)
@@ -156,14 +162,17 @@ def test_jax() -> None:
     assert torch.from_dlpack(x).data_ptr() == x.unsafe_buffer_pointer()
     with pytest.raises(ValueError, match="w is written to"):
         arrays.lora_merge_([w], [], [], jnp.zeros(1, jnp.int32), jnp.ones(1))
+    with pytest.raises(ValueError, match="w4a8_quantize: x can't be shared"):
+        jax.jit(arrays.w4a8_quantize)(x)
 
 
 @pytest.mark.cuda
-def test_cupy_on_its_own_stream() -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_cupy_on_its_own_stream(own: bool) -> None:
     need("cupy")
     import cupy
 
-    with cupy.cuda.Stream(non_blocking=True):
+    with cupy.cuda.Stream(non_blocking=True) if own else cupy.cuda.Stream.null:
         x = cupy.ones((16, 3), dtype=cupy.float16)
         packed = arrays.lscd_pack(cupy.asarray(W, dtype=cupy.float16))
         y = arrays.lscd_linear(x, *packed, 2, 3)

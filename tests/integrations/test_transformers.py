@@ -406,6 +406,7 @@ HOSTILE: dict[str, list[tuple[Callable[[dict[str, Tensor]], None], str]]] = {
         (without(*Linear.packed_names[1:]), "lacks "),
         (without("zero4"), "lacks zero4"),
         (without("bias"), "bias"),
+        (without(*Linear.packed_names, "bias"), "neither a packed nor a dense weight"),
     ],
     "lscd": [
         (replaced("offsets", lambda t: t + 2**40), "offsets"),
@@ -456,6 +457,18 @@ def test_corrupt_packed_weights_are_refused(
     with pytest.raises(ValueError) as error:
         load(edited(packed_folder(name), tmp_path, edit))
     assert f"{LAYER} of the checkpoint can't be used" in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "other"), [("w4a8", "lscd"), ("lscd", "w4a8")])
+def test_packed_weights_of_another_method_are_refused(
+    packed_folder: Any, tmp_path: Path, name: str, other: str
+) -> None:
+    edited(packed_folder(name), tmp_path, lambda state: None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["method"] = other
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="neither a packed nor a dense weight"):
+        load(tmp_path)
 
 
 def test_layer_that_cant_be_packed_is_refused(packed_folder: Any, tmp_path: Path) -> None:
