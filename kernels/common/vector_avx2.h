@@ -76,20 +76,21 @@ inline void store_sums(float* p, const V (&v)[4]) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 
+inline void transpose_quads(V* v) {
+  const V ab = _mm256_unpacklo_ps(v[0], v[1]), AB = _mm256_unpackhi_ps(v[0], v[1]);
+  const V cd = _mm256_unpacklo_ps(v[2], v[3]), CD = _mm256_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm256_shuffle_ps(ab, cd, 0x44);
+  v[1] = _mm256_shuffle_ps(ab, cd, 0xee);
+  v[2] = _mm256_shuffle_ps(AB, CD, 0x44);
+  v[3] = _mm256_shuffle_ps(AB, CD, 0xee);
+}
+
 inline void transpose(V (&rows)[kWidth]) {
-  V pairs[8], quads[8];
+  for (int i = 0; i < 2; ++i) transpose_quads(rows + 4 * i);
   for (int i = 0; i < 4; ++i) {
-    pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-    pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j) {
-      quads[4 * i + 2 * j] = _mm256_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
-      quads[4 * i + 2 * j + 1] = _mm256_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xee);
-    }
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x20);
-    rows[4 + i] = _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x31);
+    const V low = rows[i], high = rows[4 + i];
+    rows[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    rows[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
   }
 }
 

@@ -61,22 +61,23 @@ inline void store_sums(float* p, const V (&v)[4]) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
+inline void transpose_quads(V* v) {
+  const V ab = _mm512_unpacklo_ps(v[0], v[1]), AB = _mm512_unpackhi_ps(v[0], v[1]);
+  const V cd = _mm512_unpacklo_ps(v[2], v[3]), CD = _mm512_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm512_shuffle_ps(ab, cd, 0x44);
+  v[1] = _mm512_shuffle_ps(ab, cd, 0xee);
+  v[2] = _mm512_shuffle_ps(AB, CD, 0x44);
+  v[3] = _mm512_shuffle_ps(AB, CD, 0xee);
+}
+
 inline void transpose(V (&rows)[kWidth]) {
-  V pairs[16], quads[16], halves[16];
-  for (int i = 0; i < 8; ++i) {
-    pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-    pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-  }
-  // quads[4 * i + c]: of rows 4i to 4i + 3, columns c, c + 4, c + 8 and c + 12, four numbers each.
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 2; ++j) {
-      quads[4 * i + 2 * j] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0x44);
-      quads[4 * i + 2 * j + 1] = _mm512_shuffle_ps(pairs[4 * i + j], pairs[4 * i + 2 + j], 0xee);
-    }
+  V halves[16];
+  // Then rows[4 * i + c] is of rows 4i to 4i + 3 the columns c, c + 4, c + 8 and c + 12, four numbers each.
+  for (int i = 0; i < 4; ++i) transpose_quads(rows + 4 * i);
   for (int i = 0; i < 2; ++i)
     for (int c = 0; c < 4; ++c) {
-      halves[8 * i + c] = _mm512_shuffle_f32x4(quads[8 * i + c], quads[8 * i + 4 + c], 0x88);      // c, c + 8
-      halves[8 * i + 4 + c] = _mm512_shuffle_f32x4(quads[8 * i + c], quads[8 * i + 4 + c], 0xdd);  // c + 4, c + 12
+      halves[8 * i + c] = _mm512_shuffle_f32x4(rows[8 * i + c], rows[8 * i + 4 + c], 0x88);      // c, c + 8
+      halves[8 * i + 4 + c] = _mm512_shuffle_f32x4(rows[8 * i + c], rows[8 * i + 4 + c], 0xdd);  // c + 4, c + 12
     }
   for (int c = 0; c < 8; ++c) {
     rows[c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0x88);

@@ -60,8 +60,8 @@ inline int64_t quad_bytes(const Score& p) {
 }
 
 // Those of a query and the next three of its group.
-inline float* quads_of(const Score& p, int64_t query, int64_t bytes) {
-  return reinterpret_cast<float*>(p.table + query * bytes);
+inline float* quads_of(const Score& p, int64_t query) {
+  return reinterpret_cast<float*>(p.table + query * quad_bytes(p));
 }
 
 // One of words_stride bytes a sub-vector, and its step and base.

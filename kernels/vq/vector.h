@@ -10,8 +10,7 @@
 //   ranks_of(v): numbers that order as floats do, NaN lowest; count_above(x, y): how many numbers of x are larger
 //   append(scores, threshold, position, kept, positions): stores those scores that aren't below (nor NaN) and their
 //     positions, `position` being that of the first, and tells how many; writes kWidth of both
-//   transpose_quads(v): number i of quad L of v[0] to v[3] becomes quad L of v[i]; store_quads(p, v): quads as every
-//     fourth of those at p
+//   store_quads(p, v): quads as every fourth of those at p
 //   scores_of(p, pair, head, heads, key0, key1, out, stride, raw): the scores of at most kHeads heads of a pair from
 //     `head` on, kHeads being 4 at most; or, raw, the sums of an 8-bit table as floats, NaN if it has none; false as
 //     Cpu::score
@@ -349,7 +348,7 @@ inline void write_quads(const Score& p, int64_t query0, int64_t query1) {
   for (int64_t query = query0; query < query1; ++query) {
     const int64_t head = query % p.group;
     if (head % kQuad || head + kQuad > p.group) continue;
-    float* const out = quads_of(p, query, quad_bytes(p));
+    float* const out = quads_of(p, query);
     for (int64_t row = 0; row < rows; row += kWidth) {
       V v[4];
 #pragma GCC unroll 4

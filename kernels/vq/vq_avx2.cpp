@@ -86,14 +86,6 @@ inline int64_t keep_above(const int32_t* ranks, int32_t* positions, int64_t n, i
   return kept;
 }
 // Quads are four neighbours of a vector.
-inline void transpose_quads(V (&v)[4]) {
-  const V ab = _mm256_unpacklo_ps(v[0], v[1]), AB = _mm256_unpackhi_ps(v[0], v[1]);
-  const V cd = _mm256_unpacklo_ps(v[2], v[3]), CD = _mm256_unpackhi_ps(v[2], v[3]);
-  v[0] = _mm256_shuffle_ps(ab, cd, 0x44);
-  v[1] = _mm256_shuffle_ps(ab, cd, 0xee);
-  v[2] = _mm256_shuffle_ps(AB, CD, 0x44);
-  v[3] = _mm256_shuffle_ps(AB, CD, 0xee);
-}
 inline V load_quads(const float* p, const int32_t* at) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_load_ps(p + at[0])), _mm_load_ps(p + at[4]), 1);
 }
@@ -272,7 +264,7 @@ template <Codes C, int KH, Table kTable>
   for (int h = 0; h < KH; ++h) {
     const int64_t query = first_query(p, pair) + head + h;
     t.floats[h] = p.lut + query * p.subspaces * p.words;
-    if (kTable == Table::quads) t.floats[h] = quads_of(p, query, table_bytes(p));
+    if (kTable == Table::quads) t.floats[h] = quads_of(p, query);
     if (kTable != Table::bytes) continue;
     t.entries[h] = p.table + query * table_bytes(p);
     const bool whole = raw && p.scale[2 * query] == p.scale[2 * query];

@@ -81,14 +81,6 @@ inline void nearer(V x, Numbers at, V& best, Numbers& code) {
   code = _mm512_mask_mov_epi32(code, less, at);
 }
 // Quads are four neighbours of a vector.
-inline void transpose_quads(V (&v)[4]) {
-  const V ab = _mm512_unpacklo_ps(v[0], v[1]), AB = _mm512_unpackhi_ps(v[0], v[1]);
-  const V cd = _mm512_unpacklo_ps(v[2], v[3]), CD = _mm512_unpackhi_ps(v[2], v[3]);
-  v[0] = _mm512_shuffle_ps(ab, cd, 0x44);
-  v[1] = _mm512_shuffle_ps(ab, cd, 0xee);
-  v[2] = _mm512_shuffle_ps(AB, CD, 0x44);
-  v[3] = _mm512_shuffle_ps(AB, CD, 0xee);
-}
 inline V load_quads(const float* p, const int32_t* at) {
   V v = _mm512_castps128_ps512(_mm_load_ps(p + at[0]));
   v = _mm512_insertf32x4(v, _mm_load_ps(p + at[4]), 1);
@@ -293,7 +285,7 @@ template <Codes C, int KB, int KH, Table kTable>
   for (int h = 0; h < KH; ++h) {
     const int64_t query = first_query(p, pair) + head + h;
     sums.floats[h] = p.lut + query * p.subspaces * p.words;
-    if constexpr (kTable == Table::quads) sums.floats[h] = quads_of(p, query, table_bytes(p));
+    if constexpr (kTable == Table::quads) sums.floats[h] = quads_of(p, query);
     if constexpr (kTable == Table::bytes) sums.entries[h] = table_of(p, pair, head + h, raw, step[h], base[h]);
   }
   const int64_t bytes = KB ? KB : sums.bytes;

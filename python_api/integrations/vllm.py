@@ -84,15 +84,6 @@ class LinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.config = config
         self.method = METHODS[config.method]
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        outputs = [part(x) for part in layer.parts]
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return y if bias is None else y + bias
-
-
-class PackingMethod(LinearMethod):
-    """Of dense weights: packs them when they are loaded. Features with 8 bits are chosen within each layer."""
-
     def create_weights(
         self,
         layer: Any,
@@ -103,8 +94,24 @@ class PackingMethod(LinearMethod):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        rows = sum(output_partition_sizes)
-        weight = torch.empty(rows, input_size_per_partition, dtype=params_dtype)
+        """What vLLM calls before it loads tensors."""
+        self.expect(layer, output_partition_sizes, input_size_per_partition, params_dtype, attributes)
+
+    def expect(self, layer: Any, rows: list[int], cols: int, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
+        """Gives a layer, whose parts have these rows, the parameters that tensors will be loaded into."""
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        outputs = [part(x) for part in layer.parts]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return y if bias is None else y + bias
+
+
+class PackingMethod(LinearMethod):
+    """Of dense weights: packs them when they are loaded. Features with 8 bits are chosen within each layer."""
+
+    def expect(self, layer: Any, rows: list[int], cols: int, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
+        weight = torch.empty(sum(rows), cols, dtype=dtype)
         layer.weight = _parameter(weight, input_dim=1, output_dim=0, **attributes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -119,19 +126,10 @@ class PackingMethod(LinearMethod):
 class PackedMethod(LinearMethod):
     """Of a packed checkpoint: tensors are kept as they come, and checked when all are there. Dense parts stay dense."""
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **attributes: Any,
-    ) -> None:
+    def expect(self, layer: Any, rows: list[int], cols: int, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
         if getattr(layer, "tp_size", 1) > 1:
             raise ValueError("effk's packed weights can't be cut for tensor parallelism: pack dense ones while loading")
-        self.cols, self.rows, self.dtype = input_size, list(output_partition_sizes), params_dtype
+        self.cols, self.rows, self.dtype = cols, list(rows), dtype
         self.tensors: dict[int | None, dict[str, Tensor]] = {}  # by the layer's part, or all in one
         self.names = ("weight", *self.method.module.packed_names)
         for name in self.names:
