@@ -20,6 +20,7 @@ from pathlib import Path
 import effk
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep a group, whose threads outlive Python
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep a group, whose threads outlive Python
 
 SECONDS = 120  # for all that ranks do
 Groups = dict[int, Any]  # number of ranks -> the group of the first so many
