@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep a group, whose threads outlive Python
 import torch.multiprocessing
 
 from .problem import Call
