@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& lut, const Tensor& codes, int64_t 
 
 // Keys that one thread attends to at a time. How a list is cut into parts depends on its length alone, and so does
 // every bit of the result.
-constexpr int64_t kPart = 1024;
+constexpr int64_t kPart = 2048;
 
 struct Part {
   int64_t unit, begin, end;
