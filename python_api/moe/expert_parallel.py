@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import FLOATS, check_range, check_tensor
-from . import gradients, overlap, reference
+from . import exchanges, gradients, overlap, reference
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Work
+    from torch.distributed import ProcessGroup
 
 
 # --- The group --------------------------------------------------------------------------------------------------------
@@ -45,13 +45,6 @@ def resolve(op: str, group: str) -> ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise RuntimeError(f"effk::{op}: group is {group!r}; wanted the group_name of a process group") from error
-
-
-def exchange(
-    group: ProcessGroup, received: Tensor, sent: Tensor, received_rows: list[int], sent_rows: list[int]
-) -> Work:
-    """Rows by rank, both ways; either tensor has to stay until the work is waited for."""
-    return dist.all_to_all_single(received, sent, received_rows, sent_rows, group=group, async_op=True)
 
 
 # --- What ranks have to agree on --------------------------------------------------------------------------------------
@@ -68,6 +61,8 @@ class Agreed:
 
     visits: list[int]  # that each announces to this one
     stages: int
+    tokens: int  # of the rank that has most
+    symmetric: bool  # whether all can exchange through symmetric memory
     rows: Tensor | None  # all of what is announced, where it is little
 
 
@@ -99,7 +94,8 @@ def agree(
     mark = zlib.crc32(op.encode())
     counts = visits.counts if visits is not None else [0] * ranks
     most = max(counts) * (visits.rows.shape[1] if visits is not None else 0)  # numbers for a rank
-    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()), most)
+    symmetric = exchanges.usable(group, device)
+    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()), most, int(symmetric))
     heads = torch.tensor([(mark, int(wrong is not None), count, *rest) for count in counts])
     width = heads.shape[1]
     sent = torch.zeros(ranks, width + ROOM // 2, dtype=torch.int64, device=device)
@@ -110,7 +106,7 @@ def agree(
             room[r, : rows.numel()] = rows.flatten()
     received = torch.empty_like(sent)
     one = [1] * ranks
-    exchange(group, received, sent, one, one).wait()
+    exchanges.exchange(group, received, sent, one, one).wait()
     found = received[:, :width].tolist()
     if wrong is not None:
         raise wrong
@@ -140,7 +136,13 @@ def agree(
         mean = sum(row[at] for row in found) / ranks
         load = overlap.Load(mean, ranks, experts * ranks, pairs, cols, inner, rows13 != inner, dtype.itemsize)
         chosen = overlap.best_stages(load, costs)
-    agreed = Agreed([row[2] for row in found], max(1, min(chosen, experts)), None)
+    agreed = Agreed(
+        [row[2] for row in found],
+        max(1, min(chosen, experts)),
+        max(row[at] for row in found),
+        all(row[at + 4] for row in found),
+        None,
+    )
     if any(row[at + 3] > ROOM for row in found):
         return agreed
     room = received.view(torch.int32)[:, 2 * width :]
@@ -308,13 +310,16 @@ class Call:
         device = next((t.device for t in (x, w2, ids) if t.device.type != "meta"), torch.device("cpu"))
         agreed = agree(op, self.group, wrong, said, visits, tokens, stages, device)
         self.bounds, self.sources = stage_bounds(experts, agreed.stages), agreed.visits
+        # A token goes to a rank once, so that none sends more than its own to all, nor gets more than all have.
+        most = self.ranks * agreed.tokens
+        self.exchange = exchanges.through(self.group, device, agreed.symmetric, most)
 
         assert visits is not None
         self.visits = v = visits
         rows = agreed.rows
         if rows is None:
             rows = v.rows.new_empty(sum(agreed.visits), 2 * k)
-            exchange(self.group, rows, v.rows, agreed.visits, v.counts).wait()
+            self.exchange(rows, v.rows, agreed.visits, v.counts).wait()
         source = torch.arange(self.ranks, device=x.device).repeat_interleave(
             torch.tensor(agreed.visits, device=x.device), output_size=len(rows)
         )
@@ -344,16 +349,16 @@ class Call:
             [V, n'] of this rank's visits.
         """
         arrived = rows.new_empty(self.visitors, rows.shape[1])
-        underway: list[tuple[Work, Tensor]] = []
+        underway: list[tuple[exchanges.Waits, Tensor]] = []
         come, go = slices(self.there.arrivals), slices(self.here.arrivals)
         leave, back = slices(self.there.departures), slices(self.here.departures)
         token = self.visits.token[self.here.arrival]
         places = self.announced[self.there.departure]
 
-        def dispatch(s: int) -> tuple[Work, Tensor]:
+        def dispatch(s: int) -> tuple[exchanges.Waits, Tensor]:
             sent = rows.index_select(0, token[go[s]])
             to = arrived[come[s]]
-            return exchange(self.group, to, sent, self.there.arrivals[s], self.here.arrivals[s]), sent
+            return self.exchange(to, sent, self.there.arrivals[s], self.here.arrivals[s]), sent
 
         returned: Tensor | None = None
         following = dispatch(0)
@@ -367,7 +372,7 @@ class Call:
             if returned is None:
                 returned = sent.new_empty(len(self.visits.token), sent.shape[1])
             to = returned[back[s]]
-            underway.append((exchange(self.group, to, sent, self.here.departures[s], self.there.departures[s]), sent))
+            underway.append((self.exchange(to, sent, self.here.departures[s], self.there.departures[s]), sent))
         assert returned is not None
         with torch.profiler.record_function("moe_mlp_ep: wait for what comes back"):
             for work, _ in underway:
@@ -380,7 +385,7 @@ class Call:
         """[R, n] of the visits of this rank, as they arrived -> [V, n] of this rank's visits."""
         sent = rows[self.announced]
         out = rows.new_empty(len(self.visits.token), rows.shape[1])
-        exchange(self.group, out, sent, self.visits.counts, self.sources).wait()
+        self.exchange(out, sent, self.visits.counts, self.sources).wait()
         return out
 
     def of_tokens(self, sums: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import exchanges
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -244,8 +246,8 @@ def calibrate(
     device = torch.device(device)
     ranks = group.size()
 
-    def timed(*calls: Callable[[], Any]) -> float:
-        """Of calls of which some may give work to wait for."""
+    def timed(*calls: Callable[[], exchanges.Waits | Tensor | None]) -> float:
+        """Of calls of which some may give something to wait for."""
         seconds = []
         for _ in range(runs + 1):
             dist.barrier(group)
@@ -253,7 +255,7 @@ def calibrate(
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for work in [call() for call in calls]:
-                if isinstance(work, dist.Work):
+                if not isinstance(work, Tensor | None):
                     work.wait()
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -268,10 +270,13 @@ def calibrate(
         dist.all_gather(found, mean, group=group)
         return [v / ranks for v in found[0].tolist()]
 
-    def exchange(rows: int) -> Callable[[], Any]:
+    symmetric = of_all(float(exchanges.usable(group, device))) == [1.0]
+
+    def exchange(rows: int) -> Callable[[], exchanges.Waits]:
         sent = torch.ones(rows * ranks, COLS, device=device, dtype=dtype)
-        received = torch.empty_like(sent)
-        return lambda: dist.all_to_all_single(received, sent, group=group, async_op=True)
+        counts = [rows] * ranks
+        send = exchanges.through(group, device, symmetric, len(sent))
+        return functools.partial(send, torch.empty_like(sent), sent, counts, counts)
 
     with torch.no_grad():
         layer_of = _Products(dtype, device)
