@@ -169,6 +169,7 @@ def predict(load: Load, costs: Costs, stages: int) -> Prediction:
     return Prediction(total, part * stages, communication, waiting, costs.call)
 
 
+@functools.lru_cache(1024)  # half a millisecond, and steps of decoding have the same load again and again
 def best_stages(load: Load, costs: Costs) -> int:
     """The number of stages that takes least time; 1 unless more pay."""
     most = max(1, min(MOST_STAGES, load.local))
