@@ -49,6 +49,7 @@ def _follow(rank: int, size: int, file: str) -> None:
                 dist.broadcast_object_list(learnt, 0)
                 make, args = learnt[0]
                 calls.append(make(GROUP, rank, *args))
+                dist.barrier()
             else:
                 calls[number]()
     dist.destroy_process_group()
@@ -74,6 +75,7 @@ class Ranks:
         dist.broadcast_object_list([(make, args)], 0)
         with torch_threads(1):
             own = make(GROUP, 0, *args)
+            dist.barrier()  # making may take longer than calling
         number, self.known = self.known, self.known + 1
 
         def call() -> Any:
