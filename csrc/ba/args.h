@@ -68,7 +68,6 @@ inline ProblemCall check_problem(const char* op, const Tensor& cameras, const Te
                                  const Tensor& observations, const Tensor& camera_index, const Tensor& point_index,
                                  const OptTensor& depth, const OptTensor& fixed, const std::string& model,
                                  const std::string& loss, double loss_scale, double depth_weight, double radius) {
-  using torch::stable::contiguous;
   ProblemCall call{cameras, points, observations, camera_index, point_index, depth, fixed, false};
   Problem& args = call.args;
   args.model = model_of(op, model);
@@ -96,17 +95,17 @@ inline ProblemCall check_problem(const char* op, const Tensor& cameras, const Te
   if (depth) {
     EFFK_CHECK(args.model != Model::position, op, "depth is given with model 'position', which has none");
     check_like_cameras(op, "depth", *depth, {args.observations}, cameras);
-    call.depth = contiguous(*depth);
+    call.depth = as_contiguous(*depth);
   }
   if (fixed) {
     check::dtype(op, "fixed_points", *fixed, {ScalarType::Bool});
     check::shape(op, "fixed_points", *fixed, {args.points});
     check::device(op, "fixed_points", *fixed, "cameras", cameras);
-    call.fixed = contiguous(*fixed);
+    call.fixed = as_contiguous(*fixed);
   }
-  call.cameras = contiguous(cameras);
-  call.points = contiguous(points);
-  call.observations = contiguous(observations);
+  call.cameras = as_contiguous(cameras);
+  call.points = as_contiguous(points);
+  call.observations = as_contiguous(observations);
   args.is_double = cameras.scalar_type() == ScalarType::Double;
   args.loss_scale = loss_scale;
   args.depth_weight = depth_weight;
@@ -152,7 +151,6 @@ struct RetractCall {
 
 inline RetractCall check_retract(const Tensor& cameras, const Tensor& points, const Tensor& camera_step,
                                  const Tensor& point_step, const std::string& model_name) {
-  using torch::stable::contiguous;
   constexpr const char* op = "ba_retract";
   const Model model = model_of(op, model_name);
   const bool quaternion = check_cameras(op, cameras, model);
@@ -162,10 +160,10 @@ inline RetractCall check_retract(const Tensor& cameras, const Tensor& points, co
   const auto sizes = [](const Tensor& t) { return std::vector<int64_t>{t.size(0), t.size(1)}; };
   return {model,
           quaternion,
-          contiguous(cameras),
-          contiguous(points),
-          contiguous(camera_step),
-          contiguous(point_step),
+          as_contiguous(cameras),
+          as_contiguous(points),
+          as_contiguous(camera_step),
+          as_contiguous(point_step),
           empty_like_device(cameras, sizes(cameras)),
           empty_like_device(points, sizes(points))};
 }

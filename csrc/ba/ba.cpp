@@ -26,7 +26,7 @@ const T* const_data(const Tensor& t) {
 class Index {
  public:
   Index(const Cpu& kernels, const char* op, const char* arg, const Tensor& t, int64_t limit)
-      : tensor_(torch::stable::contiguous(t)) {
+      : tensor_(as_contiguous(t)) {
     const int64_t count = tensor_.numel();
     if (t.scalar_type() == ScalarType::Int) {
       data_ = static_cast<const int32_t*>(tensor_.const_data_ptr());
@@ -114,7 +114,7 @@ class Ready {
 class Tangents {
  public:
   Tangents(const Tensor& t, int64_t n, int64_t wide) : buffer_(t.size(0) * wide) {
-    const Tensor rows = torch::stable::contiguous(t);
+    const Tensor rows = as_contiguous(t);
     const auto* const from = const_data<double>(rows);
     std::memset(buffer_.get(), 0, t.size(0) * wide * sizeof(double));
     for (int64_t c = 0; c < t.size(0); ++c) std::memcpy(buffer_.get() + c * wide, from + c * n, n * sizeof(double));

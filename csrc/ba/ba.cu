@@ -33,7 +33,7 @@ class Ready {
     call.quaternion = checked_.quaternion;
     call.cameras = cameras.const_data_ptr();
     if (step) {
-      step_ = torch::stable::contiguous(*step);
+      step_ = as_contiguous(*step);
       call.step = static_cast<const double*>(step_->const_data_ptr());
     }
     call.num_sms = cuda::num_sms(op, cameras);

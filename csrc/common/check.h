@@ -49,10 +49,13 @@ inline Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& siz
   return Tensor(handle);
 }
 
+// Asks first: the dispatcher, which would find that there is nothing to do, takes longer than many checks.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // A tensor as rows whose columns follow each other; a copy where they don't.
 inline Tensor as_rows(const Tensor& t, int64_t rows, int64_t cols) {
   const Tensor flat = t.dim() == 2 ? t : torch::stable::reshape(t, {rows, cols});
-  return cols <= 1 || flat.stride(1) == 1 ? flat : torch::stable::contiguous(flat);
+  return cols <= 1 || flat.stride(1) == 1 ? flat : as_contiguous(flat);
 }
 
 namespace check {
@@ -114,7 +117,13 @@ inline void shape(const char* op, const char* arg, const Tensor& t, std::initial
 }
 
 inline void device(const char* op, const char* arg, const Tensor& t, const char* ref_arg, const Tensor& ref) {
-  EFFK_CHECK(t.device() == ref.device(), op, arg, " and ", ref_arg, " are on different devices");
+  int32_t types[2], indices[2];  // Tensor::device() translates them, which takes longer than to ask
+  for (int i = 0; i < 2; ++i) {
+    const AtenTensorHandle handle = (i ? ref : t).get();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &types[i]));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &indices[i]));
+  }
+  EFFK_CHECK(types[0] == types[1] && indices[0] == indices[1], op, arg, " and ", ref_arg, " are on different devices");
 }
 
 inline void contiguous(const char* op, const char* arg, const Tensor& t) {

@@ -64,7 +64,7 @@ struct IndexTensor {
 
 inline IndexTensor indices(const OptTensor& t) {
   if (!t) return {std::nullopt, {nullptr, false}};
-  const Tensor contiguous = torch::stable::contiguous(*t);
+  const Tensor contiguous = as_contiguous(*t);
   return {contiguous, {contiguous.const_data_ptr(), t->scalar_type() == ScalarType::Long}};
 }
 

@@ -9,9 +9,7 @@ namespace effk {
 class Integers {
  public:
   explicit Integers(const Tensor& t)
-      : tensor_(torch::stable::contiguous(t)),
-        data_(tensor_.const_data_ptr()),
-        wide_(t.scalar_type() == ScalarType::Long) {}
+      : tensor_(as_contiguous(t)), data_(tensor_.const_data_ptr()), wide_(t.scalar_type() == ScalarType::Long) {}
   int64_t operator[](int64_t i) const {
     return wide_ ? static_cast<const int64_t*>(data_)[i] : static_cast<const int32_t*>(data_)[i];
   }

@@ -191,8 +191,8 @@ inline ApplyCall check_apply(const Tensor& x, const Tensor& a, const Tensor& b, 
   call.adapters = a.size(0);
   call.pairs = ids.size(ids.dim() - 1);
   call.x = as_rows(x, tokens, cols);
-  call.ids = torch::stable::contiguous(ids);
-  call.gates = torch::stable::contiguous(gates);
+  call.ids = as_contiguous(ids);
+  call.gates = as_contiguous(gates);
   std::vector<int64_t> sizes(lead.begin(), lead.end());
   sizes.back() = rows;
   if (y) {

@@ -38,7 +38,7 @@ class Gates {
   Gates(const char* op, int64_t adapters) : op_(op), adapters_(adapters) {}
   void add(const char* arg, const Tensor& ids, const Tensor& gates, double sign) {
     const Integers id(ids);
-    const Tensor gate = torch::stable::contiguous(gates);
+    const Tensor gate = as_contiguous(gates);
     const auto* values = static_cast<const float*>(gate.const_data_ptr());
     for (int64_t i = 0; i < ids.size(0); ++i)
       if (checked_id(op_, arg, id[i], adapters_) >= 0) sums_.push_back({id[i], sign * values[i]});

@@ -15,7 +15,7 @@ struct Pairs {
 
 Pairs pairs_of(const Tensor& ids, const Tensor& gates, float sign) {
   const cuda::IndexTensor index = cuda::indices(ids);
-  const Tensor contiguous = torch::stable::contiguous(gates);
+  const Tensor contiguous = as_contiguous(gates);
   return {*index.tensor,
           contiguous,
           {index.args, static_cast<const float*>(contiguous.const_data_ptr()), static_cast<int>(ids.size(0)), sign}};

@@ -89,7 +89,7 @@ inline LinearCall check_linear(const Tensor& x, const Tensor& values, const Tens
     check::dtype(op, "bias", *bias, {x.scalar_type()});
     check::shape(op, "bias", *bias, {rows});
     check::device(op, "bias", *bias, "values", values);
-    call.bias = torch::stable::contiguous(*bias);
+    call.bias = as_contiguous(*bias);
     bias_data = call.bias.const_data_ptr();
   }
   call.args = Linear{w,

@@ -41,7 +41,7 @@ void check_ends(const char* op, const Packed& p) {
 std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& w, std::optional<ScalarType> dtype) {
   Tensor source = check_pack(w, dtype);
   // Columns that don't follow each other would be read one by one; a copy costs less.
-  if (source.stride(1) != 1) source = torch::stable::contiguous(source);
+  if (source.stride(1) != 1) source = as_contiguous(source);
   const Type type = type_of(source.scalar_type());
   const Shape shape{source.size(0), source.size(1)};
   const Dense dense{const_cast<void*>(source.const_data_ptr()), source.stride(0), source.stride(1)};

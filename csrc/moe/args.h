@@ -64,7 +64,7 @@ inline Tensor check_experts(const char* op, const char* arg, const Tensor& w, co
   check::shape(op, arg, w, {check::kAny, rows, cols});
   check_sides(op, arg, w);
   check::device(op, arg, w, "x", x);
-  return w.size(2) <= 1 || w.stride(2) == 1 ? w : torch::stable::contiguous(w);
+  return w.size(2) <= 1 || w.stride(2) == 1 ? w : as_contiguous(w);
 }
 
 inline void point_to_w(Operands& in, const Tensor& w) {
@@ -126,7 +126,7 @@ inline LinearCall check_linear(const Tensor& x, const Tensor& w, const Tensor& o
     check::dtype(op, "bias", *bias, {x.scalar_type()});
     check::shape(op, "bias", *bias, {w.size(0), w.size(1)});
     check::device(op, "bias", *bias, "x", x);
-    call.bias = torch::stable::contiguous(*bias);
+    call.bias = as_contiguous(*bias);
   }
   const ScalarType out = out_dtype.value_or(x.scalar_type());
   EFFK_CHECK(check::is_float(out), op, "out_dtype is ", check::str(out), "; wanted float32, float16, bfloat16");
@@ -176,7 +176,7 @@ inline RouteCall check_route(const Tensor& logits, int64_t k, const OptTensor& b
     check::dtype(op, "bias", *bias, {ScalarType::Float});
     check::shape(op, "bias", *bias, {experts});
     check::device(op, "bias", *bias, "logits", logits);
-    call.bias = torch::stable::contiguous(*bias);
+    call.bias = as_contiguous(*bias);
   }
   call.logits = as_rows(logits, tokens, experts);
   call.weights = empty_like_device(logits, with_last(logits, k), ScalarType::Float);
@@ -225,8 +225,8 @@ inline CombineCall check_combine(const Tensor& y, const Tensor& inverse, const T
   check::device(op, "inverse", inverse, "y", y);
   check_weights(op, weights, "inverse", inverse);
   call.y = as_rows(y, y.size(0), y.size(1));
-  call.inverse = torch::stable::contiguous(inverse);
-  call.weights = torch::stable::contiguous(weights);
+  call.inverse = as_contiguous(inverse);
+  call.weights = as_contiguous(weights);
   call.out = empty_like_device(y, with_last(inverse, y.size(1)));
   call.args = {type,
                tokens,
@@ -277,8 +277,8 @@ inline MlpCall check_mlp(const OptTensor& y, const Tensor& x, const Tensor& w13,
   call.rows = cols;
   call.pairs = ids.size(ids.dim() - 1);
   call.x = as_rows(x, call.tokens, cols);
-  call.ids = torch::stable::contiguous(ids);
-  call.weights = torch::stable::contiguous(weights);
+  call.ids = as_contiguous(ids);
+  call.weights = as_contiguous(weights);
   if (y) {
     check::dtype(op, "y", *y, {ScalarType::Float});
     EFFK_CHECK(std::equal(y->sizes().begin(), y->sizes().end(), x.sizes().begin(), x.sizes().end()), op, "y has shape ",

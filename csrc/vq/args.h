@@ -37,7 +37,7 @@ inline void check_result(const char* op, const char* arg, std::initializer_list<
 
 inline Tensor with_unit_last(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : as_contiguous(t);
 }
 
 inline void strides_of(const Tensor& t, int64_t n, int64_t* out) {
@@ -62,7 +62,7 @@ inline Tensor check_codebook(const char* op, const Tensor& codebook, int64_t hea
              op, "codebook has shape ", check::str(codebook.sizes()), "; wanted [", heads,
              ", m, C, D / m] of D = ", dim, ", C from 1 to ", kMaxWords);
   check::device(op, "codebook", codebook, like_arg, like);
-  return torch::stable::contiguous(codebook);
+  return as_contiguous(codebook);
 }
 
 // A matrix [dim, dim] a head, or none.
@@ -72,7 +72,7 @@ inline OptTensor check_square(const char* op, const char* arg, const OptTensor& 
   check::dtype(op, arg, *t, {ScalarType::Float});
   check::shape(op, arg, *t, {heads, dim, dim});
   check::device(op, arg, *t, like_arg, like);
-  return torch::stable::contiguous(*t);
+  return as_contiguous(*t);
 }
 
 inline const float* floats(const OptTensor& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; }
@@ -179,9 +179,9 @@ inline Scored check_codes(const char* op, const Tensor& lut, const Tensor& codes
   EFFK_CHECK(!a.int8_table || a.subspaces <= kMaxSubspacesInt8, op, "lut has ", a.subspaces,
              " subspaces; wanted at most ", kMaxSubspacesInt8, " with table='int8'");
   check_result(op, "codes", {a.batch, a.heads, a.keys});
-  call.lut = torch::stable::contiguous(lut);
+  call.lut = as_contiguous(lut);
   const bool follow = (codes.size(3) == 1 || codes.stride(3) == 1) && (a.keys <= 1 || codes.stride(2) == codes.size(3));
-  call.codes = follow ? codes : torch::stable::contiguous(codes);
+  call.codes = follow ? codes : as_contiguous(codes);
   call.lens = lens;
   a.lut = floats(call.lut);
   a.code = call.codes.const_data_ptr();
@@ -328,8 +328,8 @@ inline WropeCall check_wrope(const Tensor& q, const Tensor& cos, const Tensor& s
     check::device(op, arg, t, "q", q);
   }
   call.q = as_rows(q, a.rows, a.dim);
-  call.cos = torch::stable::contiguous(cos);
-  call.sin = torch::stable::contiguous(sin);
+  call.cos = as_contiguous(cos);
+  call.sin = as_contiguous(sin);
   call.out = empty_like_device(q, std::vector<int64_t>(q.sizes().begin(), q.sizes().end()));
   a.q = call.q.const_data_ptr();
   a.stride = call.q.stride(0);

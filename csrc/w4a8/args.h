@@ -119,7 +119,7 @@ inline LinearCall check_linear(const Tensor& x, const PackedTensors& p, int64_t 
     check::shape(op, "bias", *bias, {w.shape.rows()});
     check::device(op, "bias", *bias, "q8", p.q8);
     call.bias = bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float);
-    call.bias = torch::stable::contiguous(call.bias);
+    call.bias = as_contiguous(call.bias);
     bias_data = static_cast<const float*>(call.bias.const_data_ptr());
   }
   call.x = check_quantize(op, x, group);
@@ -182,9 +182,9 @@ inline SalienceCall check_salience(const Tensor& grad, const Tensor& w, const Te
   check::device(op, "grad", grad, "w", w);
   SalienceCall call{
       {dims == 3 ? grad.size(0) : 1, rows, cols, grad_type, w_type, w4_type, nullptr, nullptr, nullptr, nullptr},
-      torch::stable::contiguous(grad),
-      torch::stable::contiguous(w),
-      torch::stable::contiguous(w4),
+      as_contiguous(grad),
+      as_contiguous(w),
+      as_contiguous(w4),
       empty_like_device(w, {rows}, ScalarType::Float)};
   call.args.grad = call.grad.const_data_ptr();
   call.args.w = call.w.const_data_ptr();

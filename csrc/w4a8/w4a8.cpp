@@ -44,7 +44,7 @@ SixTensors pack(const Tensor& w, const OptTensor& is8, int64_t group) {
   check_pack(w, is8, group);
   const int64_t n = w.size(0);
   // Columns that don't follow each other would be read one by one; a copy costs less.
-  const Tensor source = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
+  const Tensor source = w.stride(1) == 1 ? w : as_contiguous(w);
   const Tensor perm = empty_like_device(w, {n}, ScalarType::Int);
   auto* const order = static_cast<int32_t*>(perm.mutable_data_ptr());
   int64_t n4 = n;
@@ -92,7 +92,7 @@ Tensor accumulate(const Tensor& q, const Tensor& q4, const Tensor& scale4, const
   args.q_stride = padded(cols);
   const Buffer<int8_t> copy(tokens * args.q_stride);
   const Buffer<int32_t> sums(tokens * groups);
-  const Tensor source = torch::stable::contiguous(q);
+  const Tensor source = as_contiguous(q);
   const auto* from = static_cast<const int8_t*>(source.const_data_ptr());
   std::memset(copy.get(), 0, tokens * args.q_stride);
   std::fill_n(sums.get(), tokens * groups, 0);

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
@@ -33,11 +35,17 @@ def exchange(
 
 def usable(group: ProcessGroup, device: torch.device) -> bool:
     """Whether this process has NVSHMEM for torch's symmetric memory, and the group is one that Symmetric takes."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip or os.environ.get("TORCH_SYMMMEM_NBLOCKS"):
         return False
     import torch.distributed._symmetric_memory as memory
 
-    return group.size().bit_count() == 1 and memory.get_backend(device) == "NVSHMEM" and memory.is_nvshmem_available()
+    ranks = group.size()  # all there are, since NVSHMEM's memory is made and freed by all together
+    return (
+        ranks.bit_count() == 1
+        and ranks == dist.get_world_size()
+        and memory.get_backend(device) == "NVSHMEM"
+        and memory.is_nvshmem_available()
+    )
 
 
 def through(group: ProcessGroup, device: torch.device, symmetric: bool, most: int) -> Exchange:
@@ -49,6 +57,8 @@ def through(group: ProcessGroup, device: torch.device, symmetric: bool, most: in
     """
     if not symmetric:
         return functools.partial(exchange, group)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     of_group = _known.setdefault(group, {})
     if device not in of_group:
         of_group[device] = Symmetric(group.size(), device)
@@ -65,12 +75,15 @@ class Symmetric:
     all_to_all_vdev cuts what a rank has for another into as many pieces as it has blocks of threads, 64 / ranks or
     16 / ranks for buffers of 4 MiB and more, and stops the device where they aren't even. They are even where ranks are
     a power of two and a row a multiple of 64 bytes; other rows go by the group's collectives.
+
+    On a CPU, where tests stand in for all_to_all_vdev, there is no stream.
     """
 
     def __init__(self, ranks: int, device: torch.device):
         self.ranks, self.device = ranks, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.size = 0
+        self.rows: list[Tensor] = []
         self.turn = itertools.cycle(range(2))
 
     def exchange(
@@ -96,37 +109,39 @@ class Symmetric:
             torch.ops.symm_mem.all_to_all_vdev(rows, arrived, self.splits, self.found[turn], group.group_name)
             received.view(torch.uint8).copy_(arrived[: len(received)])
         if not self.stream:
-            return Arrival(None)
+            return Arrival(None, self.device)
         for t in (received, sent):
             t.record_stream(self.stream)
-        return Arrival(self.stream.record_event())
+        return Arrival(self.stream.record_event(), self.device)
 
     def reserve(self, group: ProcessGroup, nbytes: int) -> None:
         """Buffers of so many bytes or more; all ranks ask for the same."""
-        if nbytes <= self.size:
+        if self.rows and nbytes <= self.size:
             return
         import torch.distributed._symmetric_memory as memory
 
-        if self.size:  # until no rank reads the ones before
+        if self.rows:  # until no rank reads the ones before
             if self.stream:
                 self.stream.synchronize()
             dist.barrier(group)
-        self.size = max(8 << 20, 1 << (nbytes - 1).bit_length())
+            self.rows, self.arrived = [], torch.empty(0)
+        self.size = max(8 << 20, 1 << max(0, nbytes - 1).bit_length())
         empty = functools.partial(memory.empty, device=self.device)
-        self.rows = [empty(self.size, dtype=torch.uint8) for _ in range(2)]
         self.arrived = empty(self.size, dtype=torch.uint8)
         self.splits = empty(self.ranks, dtype=torch.int64)
         self.found = [empty(2, self.ranks, dtype=torch.int64) for _ in range(2)]
+        self.rows = [empty(self.size, dtype=torch.uint8) for _ in range(2)]  # last: there are none if one fails
 
 
+@dataclass(frozen=True)
 class Arrival:
-    def __init__(self, event: torch.cuda.Event | None):
-        self.event = event
+    event: torch.cuda.Event | None
+    device: torch.device
 
     def wait(self) -> None:
         """Until then the current stream does nothing further."""
         if self.event:
-            torch.cuda.current_stream().wait_event(self.event)
+            torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
 _known: WeakKeyDictionary[ProcessGroup, dict[torch.device, Symmetric]] = WeakKeyDictionary()

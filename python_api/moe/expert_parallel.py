@@ -61,7 +61,7 @@ class Agreed:
 
     visits: list[int]  # that each announces to this one
     stages: int
-    tokens: int  # of the rank that has most
+    most: int  # rows that a rank sends to all, or gets from all
     symmetric: bool  # whether all can exchange through symmetric memory
     rows: Tensor | None  # all of what is announced, where it is little
 
@@ -95,7 +95,7 @@ def agree(
     counts = visits.counts if visits is not None else [0] * ranks
     most = max(counts) * (visits.rows.shape[1] if visits is not None else 0)  # numbers for a rank
     symmetric = exchanges.usable(group, device)
-    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()), most, int(symmetric))
+    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()), most, int(symmetric), *counts)
     heads = torch.tensor([(mark, int(wrong is not None), count, *rest) for count in counts])
     width = heads.shape[1]
     sent = torch.zeros(ranks, width + ROOM // 2, dtype=torch.int64, device=device)
@@ -136,10 +136,11 @@ def agree(
         mean = sum(row[at] for row in found) / ranks
         load = overlap.Load(mean, ranks, experts * ranks, pairs, cols, inner, rows13 != inner, dtype.itemsize)
         chosen = overlap.best_stages(load, costs)
+    by_rank = [row[at + 5 :] for row in found]
     agreed = Agreed(
         [row[2] for row in found],
         max(1, min(chosen, experts)),
-        max(row[at] for row in found),
+        max(map(sum, (*by_rank, *zip(*by_rank, strict=True)))),
         all(row[at + 4] for row in found),
         None,
     )
@@ -310,9 +311,7 @@ class Call:
         device = next((t.device for t in (x, w2, ids) if t.device.type != "meta"), torch.device("cpu"))
         agreed = agree(op, self.group, wrong, said, visits, tokens, stages, device)
         self.bounds, self.sources = stage_bounds(experts, agreed.stages), agreed.visits
-        # A token goes to a rank once, so that none sends more than its own to all, nor gets more than all have.
-        most = self.ranks * agreed.tokens
-        self.exchange = exchanges.through(self.group, device, agreed.symmetric, most)
+        self.exchange = exchanges.through(self.group, device, agreed.symmetric, agreed.most)
 
         assert visits is not None
         self.visits = v = visits

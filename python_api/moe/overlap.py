@@ -287,7 +287,8 @@ def calibrate(
         bytes_sent = rows * (ranks - 1) * COLS * dtype.itemsize
         latency, sending = of_all(timed(exchange(0)), timed(exchange(rows)))
         # As long an exchange as some products take, beside them.
-        rows = max(1, min(4096, int(rows * products[-1] / sending)))
+        most = (64 << 20) // (ranks * COLS * dtype.itemsize)
+        rows = max(1, min(most, int(rows * products[-1] / sending)))
         alone, both = of_all(timed(exchange(rows)), timed(exchange(rows), functools.partial(layer_of, ROWS[-1])))
     costs = Costs(
         call=one,

@@ -25,6 +25,7 @@ from .test_expert_parallel import BACKWARD, FORWARD, Layer
 pytestmark = [pytest.mark.xdist_group("moe_ep"), needs_gloo]  # no two of these at a time
 
 LAYERS = {
+    "nothing": Layer((0, 0, 0, 0), cols=32),  # the first of all
     "float32": Layer(cols=32),
     "bfloat16": Layer((33, 20, 0, 64), experts=4, cols=32, dtype=torch.bfloat16),
     "more than the buffers hold": Layer((6000, 10, 20, 5000), cols=256),
@@ -78,11 +79,17 @@ class Shared:
         found[1] = found[0].cumsum(0) - found[0]
 
 
-def rank_of_all(rank: int, groups: Groups, folder: Path) -> dict[str, Any]:
+def rank_of_all(rank: int, groups: Groups, folder: Path, first: str) -> dict[str, Any]:
     """Of each layer, its results by collectives and through symmetric memory, and how often that was used."""
     ((ranks, group),) = groups.items()
     shared = Shared(rank, group, folder)
     found: dict[str, Any] = {}
+
+    def costs() -> overlap.Costs:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exchanges, "usable", lambda group, device: True)
+            patch.setattr(symmetric_memory, "empty", shared.empty)
+            return overlap.calibrate(group, torch.float32, runs=1)
 
     def results(layer: Layer, usable: bool) -> list[Tensor]:
         given, grad = layer.of(rank, ranks), layer.grad(ranks)[layer.slices(ranks)[rank]]
@@ -94,46 +101,55 @@ def rank_of_all(rank: int, groups: Groups, folder: Path) -> dict[str, Any]:
 
     with torch.library._scoped_library("symm_mem", "IMPL") as library:
         library.impl("all_to_all_vdev", shared.all_to_all_vdev, "CPU")
+        if first == "calibration":
+            found["costs"], found["calibrated"] = costs(), shared.calls
+        found["calls"] = shared.calls
         for name, layer in LAYERS.items():
             expected = results(layer, False)
             before = shared.calls
-            assert before == found.get("calls", 0)
+            assert before == found["calls"]
             got = results(layer, True)
             found[name] = (expected, got, shared.calls - before)
             found["calls"] = shared.calls
         results(LAYERS["float32"], rank > 0)  # not on all ranks
         found["not on all"] = shared.calls - found["calls"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exchanges, "usable", lambda group, device: True)
-            patch.setattr(symmetric_memory, "empty", shared.empty)
-            found["costs"] = overlap.calibrate(group, torch.float32, runs=1)
-        found["calibrated"] = shared.calls - found["calls"]
     return found
 
 
+@pytest.mark.parametrize("first", ("layers", "calibration"))
 @pytest.mark.parametrize("ranks", (1, 2, 4))
-def test_symmetric_memory_changes_no_bit(ranks: int, tmp_path: Path) -> None:
-    results = on_ranks(functools.partial(rank_of_all, folder=tmp_path), tmp_path, (ranks,))
+def test_symmetric_memory_changes_no_bit(ranks: int, first: str, tmp_path: Path) -> None:
+    results = on_ranks(functools.partial(rank_of_all, folder=tmp_path, first=first), tmp_path, (ranks,))
     for found in results:
         for name in LAYERS:
             expected, got, calls = found[name]
             assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True)), name
             # Rows and sums of each stage there and back; announcements where they are long.
             assert calls == 0 if name == "odd rows" else calls >= 2 * (1 + min(3, LAYERS[name].experts) + 2), name
-        assert found["not on all"] == 0 and found["calibrated"] > 0
-        assert found["costs"] == results[0]["costs"]
+        assert found["not on all"] == 0
+        if first == "calibration":
+            assert found["costs"] == results[0]["costs"] and found["calibrated"] > 0
 
 
 def test_usable_with_nvshmem_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else torch's symmetric memory is made of can't take numbers of rows on the device."""
     group, gpu = SimpleNamespace(size=lambda: 4), torch.device("cuda", 0)
     monkeypatch.setattr(symmetric_memory, "is_nvshmem_available", lambda: True)
-    for backend, size, wanted in (("NVSHMEM", 4, True), ("CUDA", 4, False), (None, 4, False), ("NVSHMEM", 6, False)):
+    for backend, size, world, wanted in (
+        ("NVSHMEM", 4, 4, True),
+        ("CUDA", 4, 4, False),
+        (None, 4, 4, False),
+        ("NVSHMEM", 6, 6, False),
+        ("NVSHMEM", 4, 8, False),
+    ):
         monkeypatch.setattr(symmetric_memory, "get_backend", lambda device, backend=backend: backend)
         monkeypatch.setattr(group, "size", lambda size=size: size)
+        monkeypatch.setattr(dist, "get_world_size", lambda world=world: world)
         assert exchanges.usable(group, gpu) is wanted  # type: ignore[arg-type]
         assert not exchanges.usable(group, torch.device("cpu"))  # type: ignore[arg-type]
     monkeypatch.setattr(symmetric_memory, "get_backend", lambda device: "NVSHMEM")
     monkeypatch.setattr(group, "size", lambda: 4)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    assert exchanges.usable(group, gpu)  # type: ignore[arg-type]
     monkeypatch.setattr(symmetric_memory, "is_nvshmem_available", lambda: False)
     assert not exchanges.usable(group, gpu)  # type: ignore[arg-type]
