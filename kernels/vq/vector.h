@@ -100,7 +100,7 @@ inline void dot_tiles(const T* const* rows, int64_t dim, const float* queries, i
 
 // --- Attention ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kKeys = 16;      // of a block: their rows stay in the first cache between the two products
+constexpr int64_t kKeys = 16;      // of a block: their rows stay in a near cache between the two products
 constexpr int kWeightQueries = 4;  // of a tile of weights
 
 inline V exponential(V x) {
