@@ -52,10 +52,15 @@ inline Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& siz
 // Asks first: the dispatcher, which would find that there is nothing to do, takes longer than many checks.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// A tensor as rows whose columns follow each other; a copy where they don't.
+// A tensor whose elements follow each other in the last dimension; a copy where they don't.
+inline Tensor with_unit_last(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : as_contiguous(t);
+}
+
+// Likewise, as a matrix.
 inline Tensor as_rows(const Tensor& t, int64_t rows, int64_t cols) {
-  const Tensor flat = t.dim() == 2 ? t : torch::stable::reshape(t, {rows, cols});
-  return cols <= 1 || flat.stride(1) == 1 ? flat : as_contiguous(flat);
+  return with_unit_last(t.dim() == 2 ? t : torch::stable::reshape(t, {rows, cols}));
 }
 
 namespace check {

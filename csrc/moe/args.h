@@ -64,7 +64,7 @@ inline Tensor check_experts(const char* op, const char* arg, const Tensor& w, co
   check::shape(op, arg, w, {check::kAny, rows, cols});
   check_sides(op, arg, w);
   check::device(op, arg, w, "x", x);
-  return w.size(2) <= 1 || w.stride(2) == 1 ? w : as_contiguous(w);
+  return with_unit_last(w);
 }
 
 inline void point_to_w(Operands& in, const Tensor& w) {

@@ -35,11 +35,6 @@ inline void check_result(const char* op, const char* arg, std::initializer_list<
   }
 }
 
-inline Tensor with_unit_last(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : as_contiguous(t);
-}
-
 inline void strides_of(const Tensor& t, int64_t n, int64_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = t.stride(i);
 }

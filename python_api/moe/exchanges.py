@@ -82,8 +82,8 @@ class Symmetric:
     def __init__(self, ranks: int, device: torch.device):
         self.ranks, self.device = ranks, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.size = 0
         self.rows: list[Tensor] = []
+        self.arrived = torch.empty(0)
         self.turn = itertools.cycle(range(2))
 
     def exchange(
@@ -100,7 +100,8 @@ class Symmetric:
             return exchange(group, received, sent, received_rows, sent_rows)
         self.reserve(group, most * width)
         turn = next(self.turn)
-        rows, arrived = (b[: self.size // width * width].view(-1, width) for b in (self.rows[turn], self.arrived))
+        whole = len(self.arrived) // width * width
+        rows, arrived = (b[:whole].view(-1, width) for b in (self.rows[turn], self.arrived))
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
@@ -116,7 +117,7 @@ class Symmetric:
 
     def reserve(self, group: ProcessGroup, nbytes: int) -> None:
         """Buffers of so many bytes or more; all ranks ask for the same."""
-        if self.rows and nbytes <= self.size:
+        if self.rows and nbytes <= len(self.arrived):
             return
         import torch.distributed._symmetric_memory as memory
 
@@ -125,12 +126,12 @@ class Symmetric:
                 self.stream.synchronize()
             dist.barrier(group)
             self.rows, self.arrived = [], torch.empty(0)
-        self.size = max(8 << 20, 1 << max(0, nbytes - 1).bit_length())
+        size = max(8 << 20, 1 << max(0, nbytes - 1).bit_length())
         empty = functools.partial(memory.empty, device=self.device)
-        self.arrived = empty(self.size, dtype=torch.uint8)
+        self.arrived = empty(size, dtype=torch.uint8)
         self.splits = empty(self.ranks, dtype=torch.int64)
         self.found = [empty(2, self.ranks, dtype=torch.int64) for _ in range(2)]
-        self.rows = [empty(self.size, dtype=torch.uint8) for _ in range(2)]  # last: there are none if one fails
+        self.rows = [empty(size, dtype=torch.uint8) for _ in range(2)]  # last: there are none if one fails
 
 
 @dataclass(frozen=True)

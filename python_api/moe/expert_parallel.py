@@ -93,15 +93,14 @@ def agree(
     costs = overlap.known(group, dtype, device)
     mark = zlib.crc32(op.encode())
     counts = visits.counts if visits is not None else [0] * ranks
-    most = max(counts) * (visits.rows.shape[1] if visits is not None else 0)  # numbers for a rank
+    known = zlib.crc32(repr(costs).encode())
     symmetric = exchanges.usable(group, device)
-    rest = (*said, tokens, stages, zlib.crc32(repr(costs).encode()), most, int(symmetric), *counts)
-    heads = torch.tensor([(mark, int(wrong is not None), count, *rest) for count in counts])
-    width = heads.shape[1]
+    head = torch.tensor((mark, wrong is not None, *said, tokens, stages, known, symmetric, *counts))
+    width = len(head)
     sent = torch.zeros(ranks, width + ROOM // 2, dtype=torch.int64, device=device)
-    sent[:, :width] = heads
+    sent[:, :width] = head
     room = sent.view(torch.int32)[:, 2 * width :]
-    if visits is not None and most <= ROOM:
+    if visits is not None and max(counts) * visits.rows.shape[1] <= ROOM:
         for r, rows in enumerate(visits.rows.split(counts)):
             room[r, : rows.numel()] = rows.flatten()
     received = torch.empty_like(sent)
@@ -116,14 +115,14 @@ def agree(
         if row[1]:
             raise RuntimeError(f"effk::{op}: rank {r} of the group has refused its arguments")
     mine = found[group.rank()]
-    for i, name in enumerate(SAME, 3):
+    for i, name in enumerate(SAME, 2):
         for r, row in enumerate(found):
             if row[i] != mine[i]:
                 theirs, own = (NAMES.get(name, range(row[i] + mine[i] + 1))[v] for v in (row[i], mine[i]))
                 raise RuntimeError(
                     f"effk::{op}: rank {r} of the group has {theirs} for the {name}, this one {own}; wanted the same"
                 )
-    at = 3 + len(SAME)
+    at = 2 + len(SAME)
     cols, rows13, inner, experts, pairs, *_ = said
     wanted = [row[at + 1] for row in found if row[at + 1] > 0]
     if wanted:
@@ -136,15 +135,16 @@ def agree(
         mean = sum(row[at] for row in found) / ranks
         load = overlap.Load(mean, ranks, experts * ranks, pairs, cols, inner, rows13 != inner, dtype.itemsize)
         chosen = overlap.best_stages(load, costs)
-    by_rank = [row[at + 5 :] for row in found]
+    sends = [row[at + 4 :] for row in found]  # visits, by the rank that announces and the one that it announces to
+    gets = list(zip(*sends, strict=True))
     agreed = Agreed(
-        [row[2] for row in found],
+        list(gets[group.rank()]),
         max(1, min(chosen, experts)),
-        max(map(sum, (*by_rank, *zip(*by_rank, strict=True)))),
-        all(row[at + 4] for row in found),
+        max(map(sum, sends + gets)),
+        all(row[at + 3] for row in found),
         None,
     )
-    if any(row[at + 3] > ROOM for row in found):
+    if 2 * pairs * max(map(max, sends)) > ROOM:
         return agreed
     room = received.view(torch.int32)[:, 2 * width :]
     parts = (room[r, : 2 * pairs * count].view(count, 2 * pairs) for r, count in enumerate(agreed.visits))

@@ -4,9 +4,11 @@ torch's all_to_all_vdev is done by hand, as slowly as it may be. That torch's ow
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,31 +87,31 @@ def rank_of_all(rank: int, groups: Groups, folder: Path, first: str) -> dict[str
     shared = Shared(rank, group, folder)
     found: dict[str, Any] = {}
 
-    def costs() -> overlap.Costs:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exchanges, "usable", lambda group, device: True)
-            patch.setattr(symmetric_memory, "empty", shared.empty)
-            return overlap.calibrate(group, torch.float32, runs=1)
-
-    def results(layer: Layer, usable: bool) -> list[Tensor]:
-        given, grad = layer.of(rank, ranks), layer.grad(ranks)[layer.slices(ranks)[rank]]
+    @contextlib.contextmanager
+    def memory(usable: bool) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(exchanges, "usable", lambda group, device: usable)
             patch.setattr(symmetric_memory, "empty", shared.empty)
+            yield
+
+    def results(layer: Layer, usable: bool) -> list[Tensor]:
+        given, grad = layer.of(rank, ranks), layer.grad(ranks)[layer.slices(ranks)[rank]]
+        with memory(usable):
             of_stages = [FORWARD(*given, group.group_name, stages=stages) for stages in (1, 3)]
             return [*of_stages, *BACKWARD(grad, *given, group.group_name, stages=2)]
 
     with torch.library._scoped_library("symm_mem", "IMPL") as library:
         library.impl("all_to_all_vdev", shared.all_to_all_vdev, "CPU")
         if first == "calibration":
-            found["costs"], found["calibrated"] = costs(), shared.calls
+            with memory(True):
+                found["costs"] = overlap.calibrate(group, torch.float32, runs=1)
+            found["calibrated"] = shared.calls
         found["calls"] = shared.calls
         for name, layer in LAYERS.items():
             expected = results(layer, False)
-            before = shared.calls
-            assert before == found["calls"]
+            assert shared.calls == found["calls"]
             got = results(layer, True)
-            found[name] = (expected, got, shared.calls - before)
+            found[name] = (expected, got, shared.calls - found["calls"])
             found["calls"] = shared.calls
         results(LAYERS["float32"], rank > 0)  # not on all ranks
         found["not on all"] = shared.calls - found["calls"]
